@@ -1,0 +1,156 @@
+"""Images in folders: one folder per class, or no classes at all.
+
+The `datasets` library's imagefolder builder is not used here: it takes any folder called "test",
+"val" or "eval" for a split, even among classes; it reads `[` and `*` in the user's own path as
+patterns; and it resolves all files again after we have listed them for the source's identity.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.records import DatasetError, Record, Source, Split
+
+EXTENSIONS = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""File names that end so, in any case, are taken for images; others are left alone."""
+
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "test": "test",
+    "val": "test",
+    "validation": "test",
+}
+"""Names that divide a source. Its official validation images are our test images."""
+
+_SPLITS: tuple[Split, ...] = ("train", "test")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str  # relative to the root, with forward slashes
+    size: int
+    mtime_ns: int
+    class_name: str | None
+
+
+class FolderSource(Source):
+    """The source behind `data.source=folder:<path>`.
+
+    Classes are the first folders below the root (or below `train/` and `test/`), in alphabetical
+    order. Images that lie in the root itself, or all in one folder, have no labels.
+    """
+
+    def __init__(self, path: str) -> None:
+        """List the images.
+
+        Raises:
+            DatasetError: If the folder is missing or has no images, if only some images lie in
+                class folders, or if the division into splits is not clear.
+        """
+        self.spec = f"folder:{path}"
+        self._root = Path(path).expanduser().resolve()
+        if not self._root.is_dir():
+            raise DatasetError(f"{self.spec} must name a folder, and there is none.")
+        self._files = {
+            split: _list_images(self._root, below) for split, below in self._split_folders().items()
+        }
+        for split, files in self._files.items():
+            if not files:
+                raise DatasetError(
+                    f"{self.spec} must hold images, found none for {split}. Images "
+                    f"are files that end in {', '.join(sorted(EXTENSIONS))}."
+                )
+        self.counts = {split: len(files) for split, files in self._files.items()}
+        self.class_names = self._classes()
+
+    def identity(self) -> dict[str, Any]:
+        """Return names within the folder, sizes in bytes and times of all images."""
+        return {
+            "kind": "folder",
+            "files": {
+                split: [[file.name, file.size, file.mtime_ns] for file in files]
+                for split, files in self._files.items()
+            },
+        }
+
+    def records(self, split: Split, start: int = 0) -> Iterator[Record]:
+        """Yield the images of `split` in the order of their names."""
+        for file in self._files[split][start:]:
+            label = None
+            if self.class_names is not None and file.class_name is not None:
+                label = self.class_names.index(file.class_name)
+            yield Record(file.name, self._root / file.name, label)
+
+    def _split_folders(self) -> dict[Split, str]:
+        folders = sorted(path.name for path in self._root.iterdir() if path.is_dir())
+        folders = [name for name in folders if not name.startswith(".")]
+        if "train" not in folders or not set(folders) <= set(SPLIT_NAMES):
+            return {"train": ""}
+        tests = [name for name in folders if name != "train"]
+        if len(tests) > 1:
+            raise DatasetError(
+                f"{self.spec} must hold one folder of test images, found "
+                f"{' and '.join(tests)}. Name the two to use: {self.spec}/train as source and "
+                f"{self.spec}/{tests[0]} as test_source."
+            )
+        return {"train": "train", **{SPLIT_NAMES[name]: name for name in tests}}
+
+    def _classes(self) -> list[str] | None:
+        train, test = ({file.class_name for file in self._files.get(s, [])} for s in _SPLITS)
+        names = sorted(name for name in train if name is not None)
+        if len(names) < 2:
+            if names:
+                _log.warning("%s: one folder is no classification; no labels.", self.spec)
+            return None
+        loose = next((f for files in self._files.values() for f in files if not f.class_name), None)
+        if loose is not None:
+            raise DatasetError(
+                f"{self.spec} must have all images in class folders or none, found "
+                f"class folders ({', '.join(names[:3])}, ...) and {loose.name} beside them. Move "
+                "it into one of them, or all images into one folder."
+            )
+        unknown = sorted(name for name in test if name is not None and name not in train)
+        if unknown:
+            raise DatasetError(
+                f"{self.spec}: test classes must be training classes, found "
+                f"{', '.join(unknown[:5])} only among the test images."
+            )
+        return names
+
+
+def _list_images(root: Path, below: str) -> list[_File]:
+    """Return the images under `root/below`, sorted by name; hidden files and folders left out."""
+    top = root / below
+    files = []
+    for where, folders, names in os.walk(top, followlinks=True):
+        folder = Path(where)
+        folders[:] = [n for n in folders if not n.startswith(".") and not _leads_up(folder / n)]
+        parts = folder.relative_to(top).parts
+        prefix = "/".join([*folder.relative_to(root).parts, ""])
+        for name in names:
+            if name.startswith(".") or Path(name).suffix.lower() not in EXTENSIONS:
+                continue
+            size, mtime_ns = _size_and_time(folder / name)
+            files.append(_File(prefix + name, size, mtime_ns, parts[0] if parts else None))
+    return sorted(files, key=lambda file: file.name)
+
+
+def _leads_up(folder: Path) -> bool:
+    """Tell whether a folder is a link to one above it, which would be walked for ever."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        # A link that leads nowhere: preparation sets it aside and says so.
+        return 0, 0
+    return status.st_size, status.st_mtime_ns

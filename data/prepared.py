@@ -1,0 +1,164 @@
+"""Prepared images, mapped into memory.
+
+Dimension key: N = images asked for, S = their side in pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import manifest
+from data.manifest import ShardEntry
+from data.records import DatasetError, Split
+from data.shards import Shard, file_sha256, pixels_path, read_shard, record_path
+
+
+class PreparedSplit:
+    """All prepared images of one split, read from disk as they are asked for."""
+
+    labels: NDArray[np.int64] | None
+    """`(len(self),)`, or None if the source has no labels."""
+
+    def __init__(
+        self, shards: Sequence[NDArray[np.uint8]], labels: NDArray[np.int64] | None
+    ) -> None:
+        self._shards = shards
+        self._firsts = np.cumsum([0, *(len(shard) for shard in shards)])
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images, in pixels."""
+        return int(self._shards[0].shape[1])
+
+    def gather(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the images with these numbers, `(N, S, S, 3)`, in the order asked for.
+
+        Raises:
+            IndexError: If a number is not in `[0, len(self))`.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(
+                f"Images are numbered 0 to {len(self) - 1}, asked for {indices.min()} to "
+                f"{indices.max()}."
+            )
+        out = np.empty((len(indices), self.side, self.side, 3), dtype=np.uint8)
+        shard_numbers = np.searchsorted(self._firsts, indices, side="right") - 1
+        for number in np.unique(shard_numbers):
+            here = np.flatnonzero(shard_numbers == number)
+            out[here] = self._shards[number][indices[here] - self._firsts[number]]
+        return out
+
+
+class PreparedData:
+    """A finished prepared directory."""
+
+    def __init__(
+        self,
+        *,
+        train: PreparedSplit,
+        test: PreparedSplit | None,
+        fingerprint: str,
+        class_names: list[str] | None,
+    ) -> None:
+        self.train = train
+        self.test = test
+        self.fingerprint = fingerprint
+        self.class_names = class_names
+
+    @classmethod
+    def open(cls, directory: Path) -> "PreparedData":
+        """Open a directory that `data.prepare` has finished.
+
+        Checks only that all files are there and long enough; see `verify`.
+
+        Raises:
+            DatasetError: If it is not finished, or a file is missing or cut short.
+        """
+        found = manifest.read(directory)
+        splits = {split: _open_split(directory, group) for split, group in found.shards.items()}
+        names = found.class_names
+        return cls(
+            train=splits["train"],
+            test=splits.get("test"),
+            fingerprint=found.fingerprint,
+            class_names=None if names is None else list(names),
+        )
+
+
+def verify(directory: Path, full: bool) -> str | None:
+    """Tell whether a prepared directory is as it was written.
+
+    Args:
+        directory: What `data.prepare` wrote.
+        full: Read all pixels and compare SHA-256; otherwise compare sizes and times.
+
+    Returns:
+        None if it is sound, else the first thing that is wrong, in one line.
+    """
+    try:
+        found = manifest.read(directory)
+    except DatasetError as error:
+        return str(error)
+    shards: dict[Split, list[Shard]] = {split: [] for split in found.shards}
+    for split, group in found.shards.items():
+        for entry in group:
+            reason = _what_is_wrong(directory, entry, full=full)
+            if reason is not None:
+                return reason
+            shard = read_shard(directory, entry.name)
+            if shard is None:
+                return f"{entry.name}.json cannot be read"
+            shards[split].append(shard)
+    if manifest.fingerprint(shards, found.side, found.class_names) != found.fingerprint:
+        return f"{manifest.FILE_NAME} was edited: its fingerprint is not that of its parts"
+    return None
+
+
+def _what_is_wrong(directory: Path, entry: ShardEntry, *, full: bool) -> str | None:
+    pixels, record = pixels_path(directory, entry.name), record_path(directory, entry.name)
+    for path in (pixels, record):
+        if not path.is_file():
+            return f"{path.name} is missing"
+    if file_sha256(record) != entry.record_sha256:
+        return f"{record.name} has changed"
+    status = pixels.stat()
+    if status.st_size != entry.size:
+        return f"{pixels.name} has {status.st_size} bytes instead of {entry.size}"
+    if full:
+        return f"{pixels.name} has other pixels" if file_sha256(pixels) != entry.sha256 else None
+    if status.st_mtime_ns != entry.mtime_ns:
+        return f"{pixels.name} was written to, or copied without its time, since it was prepared"
+    return None
+
+
+def _open_split(directory: Path, entries: Sequence[ShardEntry]) -> PreparedSplit:
+    pixels, labels = [], []
+    for entry in entries:
+        shard = read_shard(directory, entry.name)
+        path = pixels_path(directory, entry.name)
+        try:
+            pixels.append(np.load(path, mmap_mode="r"))
+        except (OSError, ValueError, EOFError) as error:
+            raise _damaged(path, error) from error
+        if shard is None or len(pixels[-1]) != entry.images:
+            raise _damaged(path, "it does not fit its description")
+        labels.append(shard.labels)
+    if any(group is None for group in labels):
+        return PreparedSplit(pixels, None)
+    return PreparedSplit(
+        pixels, np.concatenate([np.asarray(group, dtype=np.int64) for group in labels])
+    )
+
+
+def _damaged(path: Path, cause: object) -> DatasetError:
+    return DatasetError(
+        f"{path} must be a whole shard of prepared images: {cause}. Delete {manifest.FILE_NAME} "
+        "beside it and run the prepare-data stage, which keeps the sound parts."
+    )

@@ -1,0 +1,75 @@
+"""The rotation pretext task: turn each image four ways and ask which way it was turned.
+
+Dimension key: B = images in the batch, C = channels, S = image side in pixels.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_ROTATIONS = 4
+"""Label k stands for k x 90 degrees, counter-clockwise: 0, 90, 180, 270."""
+
+
+def make_rotation_batch(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return every image in all four orientations, with the labels to predict.
+
+    All four copies of an image share one batch, so every update sees the labels in equal
+    numbers (as in Gidaris et al. 2018). Quarter turns only move pixels; none is interpolated,
+    so resampling cannot give the answer away. The resize before this must treat rows and
+    columns alike, or its artefacts turn with the image and do give it away.
+
+    Args:
+        images: Batch of square images, `(B, C, S, S)`, any dtype. Not modified.
+
+    Returns:
+        rotated: `(4*B, C, S, S)`, dtype and device of `images`. Grouped by rotation: rows
+            `k*B` to `(k+1)*B` hold the whole batch turned by k x 90 degrees.
+        rotation_labels: `(4*B,)`, int64 in `[0, 4)`, on the device of `images`.
+
+    Raises:
+        ValueError: If `images` is not 4-D or not square.
+
+    References:
+        Gidaris et al., "Unsupervised Representation Learning by Predicting Image Rotations",
+        ICLR 2018, https://arxiv.org/abs/1803.07728
+    """
+    _check_square(images, "make_rotation_batch")
+    rotated = torch.cat([torch.rot90(images, k, dims=(-2, -1)) for k in range(NUM_ROTATIONS)])
+    rotation_labels = torch.arange(NUM_ROTATIONS, device=images.device)
+    return rotated, rotation_labels.repeat_interleave(len(images))
+
+
+def rotate_each(images: Tensor, quarter_turns: Tensor) -> Tensor:
+    """Return each image turned by its own number of quarter turns, counter-clockwise.
+
+    Args:
+        images: Batch of square images, `(B, C, S, S)`, any dtype. Not modified.
+        quarter_turns: `(B,)`, integers in `[0, 4)`, on the device of `images`.
+
+    Returns:
+        `(B, C, S, S)`, dtype and device of `images`.
+
+    Raises:
+        ValueError: If `images` is not 4-D or not square, or `quarter_turns` has another length.
+    """
+    _check_square(images, "rotate_each")
+    if quarter_turns.shape != images.shape[:1]:
+        raise ValueError(
+            f"rotate_each needs one number of quarter turns per image, ({len(images)},), "
+            f"got {tuple(quarter_turns.shape)}."
+        )
+    chosen = quarter_turns.view(-1, 1, 1, 1)
+    turned = images
+    # Computes all turns and selects, so that the shapes do not depend on the values and an
+    # accelerator need not wait for the host.
+    for k in range(1, NUM_ROTATIONS):
+        turned = torch.where(chosen == k, torch.rot90(images, k, dims=(-2, -1)), turned)
+    return turned
+
+
+def _check_square(images: Tensor, function: str) -> None:
+    if images.ndim != 4 or images.shape[-2] != images.shape[-1]:
+        raise ValueError(
+            f"{function} needs square images (B, C, S, S), got {tuple(images.shape)}. "
+            "Crop to a square in data/transforms.py first."
+        )

@@ -1,0 +1,159 @@
+"""Writing and reading one shard of prepared images so that a half-written one never counts.
+
+A shard is `<name>.npy` with the pixels and, written after it, `<name>.json` with everything else.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+TEMPORARY = ".tmp"
+"""Ending of files that are being written; one that is found was left by a run cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A source image that could not be used."""
+
+    name: str
+    """Its name in the source."""
+    reason: str
+    """What is wrong with it, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What is known about one shard without opening its pixels."""
+
+    name: str
+    """File name without ending, such as `train-00000`."""
+    made_from: str
+    """Digest of the source's identity and the settings; another one means other pixels."""
+    images: int
+    """Images in it, `n`."""
+    sha256: str
+    """Of the `.npy` file, whose array is `(n, side, side, 3)` uint8."""
+    size: int
+    """Of the `.npy` file, in bytes."""
+    mtime_ns: int
+    """When the `.npy` file was last written, in nanoseconds since 1970."""
+    labels: list[int] | None
+    """One per image, or None if the source has no labels."""
+    skipped: list[Skipped]
+    """Source images left out of it."""
+
+
+def pixels_path(directory: Path, name: str) -> Path:
+    """Return where the pixels of shard `name` lie."""
+    return directory / f"{name}.npy"
+
+
+def record_path(directory: Path, name: str) -> Path:
+    """Return where the description of shard `name` lies."""
+    return directory / f"{name}.json"
+
+
+def write_pixels(path: Path, images: Iterable[NDArray[np.uint8]], side: int, most: int) -> int:
+    """Write images one after the other to a `.npy` file, whole or not at all.
+
+    Only one image is in memory at a time. The header holds the number of images, which is known
+    at the end; NumPy pads headers so that a smaller number fits in the same place.
+
+    Args:
+        path: The file to write.
+        images: Arrays `(side, side, 3)`.
+        side: Height and width, in pixels.
+        most: Upper bound of the number of images.
+
+    Returns:
+        How many images there were.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    count = 0
+    with temporary.open("wb") as file:
+        _write_header(file, most, side)
+        for image in images:
+            file.write(image.tobytes())
+            count += 1
+        file.seek(0)
+        _write_header(file, count, side)
+        _flush_to_disk(file)
+    replace_durably(temporary, path)
+    return count
+
+
+def describe(
+    path: Path, *, made_from: str, images: int, labels: list[int] | None, skipped: list[Skipped]
+) -> Shard:
+    """Return the description of the pixels just written at `path`, read back for the digest."""
+    status = path.stat()
+    return Shard(
+        name=path.stem,
+        made_from=made_from,
+        images=images,
+        sha256=file_sha256(path),
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        labels=labels,
+        skipped=skipped,
+    )
+
+
+def write_shard_record(directory: Path, shard: Shard) -> None:
+    """Write the description of a shard; from now on the shard counts."""
+    write_json(record_path(directory, shard.name), asdict(shard))
+
+
+def read_shard(directory: Path, name: str) -> Shard | None:
+    """Return the description of a finished shard, or None if there is none that can be read."""
+    try:
+        content = json.loads(record_path(directory, name).read_bytes())
+        skipped = [Skipped(**entry) for entry in content["skipped"]]
+        return Shard(**{**content, "skipped": skipped})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        _flush_to_disk(file)
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, in a way that survives a power cut."""
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_header(file: Any, count: int, side: int) -> None:
+    npy_format.write_array_header_1_0(
+        file,
+        {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)},
+    )
+
+
+def _flush_to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,133 @@
+"""Crops, resize, flip and normalisation that leave no mark of orientation.
+
+Dimension key: B = images in the batch, C = channels, H, W = height and width, S = square side,
+all in pixels.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+MEAN = (0.5, 0.5, 0.5)
+"""Subtracted per channel, on a scale of [0, 1] (Dosovitskiy et al. 2021 and the ViT processors)."""
+
+STD = (0.5, 0.5, 0.5)
+"""Divided by per channel, on a scale of [0, 1]."""
+
+ImageOrArray = TypeVar("ImageOrArray", Image.Image, NDArray[np.uint8])
+
+
+def centre_crop_square(image: ImageOrArray) -> ImageOrArray:
+    """Return the largest square in the middle of an image.
+
+    Cropped, never squashed: squashing a 4:3 photo to a square blurs one axis more than the
+    other, and a rotation classifier reads that off pure noise.
+
+    Args:
+        image: A picture, or an array `(H, W, ...)`.
+
+    Returns:
+        The same kind of thing, `min(H, W)` on each side.
+    """
+    if isinstance(image, Image.Image):
+        width, height = image.size
+        left, top, side = _centre(width, height)
+        return image.crop((left, top, left + side, top + side))
+    height, width = image.shape[:2]
+    left, top, side = _centre(width, height)
+    return image[top : top + side, left : left + side]
+
+
+def _centre(width: int, height: int) -> tuple[int, int, int]:
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Resize images to `side` x `side` pixels (bilinear, antialiased).
+
+    Floating point on purpose. An 8-bit resize rounds between its horizontal and its vertical
+    pass, so its output depends on which way up the image was: a faint mark that a rotation
+    classifier can learn to read.
+
+    Args:
+        images: `(B, C, H, W)`, floating point.
+        side: Output height and width, in pixels.
+
+    Returns:
+        `(B, C, side, side)`, dtype and range of `images`.
+
+    Raises:
+        TypeError: If `images` is not floating point.
+    """
+    if not images.is_floating_point():
+        raise TypeError(
+            f"resize needs floating-point images, got {images.dtype}. Convert to float32 before "
+            "resizing, not after."
+        )
+    return torch.nn.functional.interpolate(
+        images, size=(side, side), mode="bilinear", antialias=True
+    )
+
+
+def crop(images: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
+    """Cut a square out of each image, at its own place.
+
+    Args:
+        images: `(B, C, H, W)`, any dtype.
+        tops: `(B,)`, int64, first row of each square, in `[0, H - side]`.
+        lefts: `(B,)`, int64, first column of each square, in `[0, W - side]`.
+        side: Height and width of the squares, in pixels.
+
+    Returns:
+        `(B, C, side, side)`, dtype and device of `images`.
+
+    Raises:
+        ValueError: If the images are smaller than `side`.
+    """
+    if min(images.shape[-2:]) < side:
+        raise ValueError(
+            f"crop needs images of at least {side} x {side} px, got {tuple(images.shape[-2:])}. "
+            "Prepare the images at least as large as model.image_size."
+        )
+    offsets = torch.arange(side, device=images.device)
+    numbers = torch.arange(len(images), device=images.device)[:, None, None]
+    rows = (tops[:, None] + offsets)[:, :, None]
+    columns = (lefts[:, None] + offsets)[:, None, :]
+    return images.permute(0, 2, 3, 1)[numbers, rows, columns].permute(0, 3, 1, 2)
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror some of the images, left to right.
+
+    Args:
+        images: `(B, C, H, W)`, any dtype.
+        mirrored: `(B,)`, bool, which ones.
+
+    Returns:
+        `(B, C, H, W)`, dtype and device of `images`.
+    """
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Turn bytes into the numbers that the network reads.
+
+    Args:
+        images: `(B, 3, S, S)`, uint8.
+
+    Returns:
+        `(B, 3, S, S)`, float32 in `[-1, 1]`, contiguous, on the same device.
+
+    Raises:
+        TypeError: If `images` is not uint8; dividing twice by 255 would go unnoticed.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"normalise needs uint8 images in [0, 255], got {images.dtype}.")
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return ((images.float() / 255 - mean) / std).contiguous()

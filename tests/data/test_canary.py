@@ -1,0 +1,87 @@
+"""Nothing on the way from the file to the network may tell which way up an image was."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.canary import NoiseSource, probe_rotation
+from data.decode import decode_square
+from data.drawn import draw
+from data.loaders import Batch, Batches, eval_batches
+from data.prepare import prepare
+from data.prepared import PreparedData, PreparedSplit
+from data.records import Split
+from data.rotation import make_rotation_batch
+from data.splits import Subset
+
+CHANCE = 0.25
+TOLERANCE = 0.03
+"""3.7 standard errors at 700 test images: sqrt(0.25 * 0.75 / (4 * 700)) = 0.0082."""
+
+Rotated = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+def whole(split: PreparedSplit | None) -> Subset:
+    assert split is not None
+    return Subset(split, np.arange(len(split), dtype=np.int64))
+
+
+def rotated(batches: list[Batch]) -> Rotated:
+    pairs = [make_rotation_batch(batch.images) for batch in batches]
+    images, labels = zip(*pairs, strict=True)
+    return torch.cat(images).numpy(), torch.cat(labels).numpy()
+
+
+def accuracy_after_the_data_path(directory: Path, seed: int) -> float:
+    """Noise files through preparation, training and test batches, and the rotation."""
+    source = NoiseSource(train=700, test=700, long_side_px=60, seed=seed)
+    prepare(source, directory, side=36, report=lambda done, total: None, workers=2)
+    prepared = PreparedData.open(directory)
+    cpu = torch.device("cpu")
+    train = Batches(whole(prepared.train), batch_size=70, side=32, flip=True, seed=0, device=cpu)
+    test = eval_batches(whole(prepared.test), batch_size=99, side=32, device=cpu)
+    return probe_rotation(rotated(list(train.epoch(0))), rotated(list(test)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_comes_through_without_a_mark(tmp_path: Path, seed: int) -> None:
+    assert accuracy_after_the_data_path(tmp_path, seed) == pytest.approx(CHANCE, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_squashing_instead_of_cropping_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.decode.centre_crop_square", lambda image: image)
+    assert accuracy_after_the_data_path(tmp_path, seed=0) > CHANCE + TOLERANCE
+
+
+@pytest.mark.slow
+def test_jpeg_at_the_final_size_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_through_jpeg(image: bytes, side: int) -> NDArray[np.uint8]:
+        file = io.BytesIO()
+        Image.fromarray(decode_square(image, side)).save(file, "JPEG", quality=85)
+        return np.asarray(Image.open(file))
+
+    monkeypatch.setattr("data.decoding_pool.decode_square", decode_through_jpeg)
+    assert accuracy_after_the_data_path(tmp_path, seed=0) > CHANCE + TOLERANCE
+
+
+@pytest.mark.slow
+def test_drawings_without_their_objects_show_no_up() -> None:
+    def images(split: Split, count: int) -> Rotated:
+        drawn = np.stack([np.asarray(draw(i, split, 32, objects=False)) for i in range(count)])
+        batch = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+        turned, labels = make_rotation_batch(batch)
+        return turned.numpy(), labels.numpy()
+
+    train, test = images("train", 1500), images("test", 1500)
+    assert probe_rotation(train, test) == pytest.approx(CHANCE, abs=TOLERANCE)

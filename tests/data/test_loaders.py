@@ -1,0 +1,157 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from data.loaders import Batches, epoch_order, eval_batches
+from data.prepared import PreparedData
+from data.records import DatasetError
+from data.splits import Subset
+
+MakePrepared = Callable[..., PreparedData]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def subset(make_prepared: MakePrepared) -> Subset:
+    """17 of 23 images, 7 px, three classes."""
+    return Subset(make_prepared(23, side=7).train, np.arange(3, 20))
+
+
+def make_batches(
+    subset: Subset, *, batch_size: int = 5, side: int = 7, flip: bool = False, seed: int = 0
+) -> Batches:
+    return Batches(subset, batch_size=batch_size, side=side, flip=flip, seed=seed, device=CPU)
+
+
+def as_bytes(images: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def test_an_epochs_order_is_a_permutation_that_changes_with_seed_and_epoch() -> None:
+    orders = [epoch_order(101, seed, epoch).tolist() for seed in range(3) for epoch in range(3)]
+    assert all(sorted(order) == list(range(101)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 9
+
+
+def test_an_epochs_order_is_the_same_on_every_machine() -> None:
+    assert epoch_order(11, seed=0, epoch=0).tolist() == [3, 5, 1, 2, 9, 10, 0, 7, 8, 4, 6]
+
+
+def test_every_image_takes_every_place() -> None:
+    places = np.array([epoch_order(5, 0, epoch) for epoch in range(2000)])
+    for place in range(5):
+        counts = np.bincount(places[:, place], minlength=5)
+        assert ((counts - 400) ** 2 / 400).sum() < 23.5  # chi-square, 4 degrees, p = 0.0001
+
+
+def test_an_epoch_shows_each_image_at_most_once_and_drops_the_rest(subset: Subset) -> None:
+    batches = make_batches(subset)
+    assert batches.steps_per_epoch == 3
+    seen = [batch.ids.tolist() for batch in batches.epoch(0)]
+    assert [len(ids) for ids in seen] == [5, 5, 5]
+    flat = [number for ids in seen for number in ids]
+    assert len(set(flat)) == 15
+    assert set(flat) <= set(range(3, 20))
+    dropped = {tuple(set(range(3, 20)) - set(_ids(batches, epoch))) for epoch in range(10)}
+    assert len(dropped) > 5, "the same images are left out every time"
+
+
+def _ids(batches: Batches, epoch: int) -> list[int]:
+    return [int(number) for batch in batches.epoch(epoch) for number in batch.ids]
+
+
+def test_images_labels_and_ids_belong_together(subset: Subset) -> None:
+    for batch in make_batches(subset).epoch(3):
+        assert batch.epoch == 3
+        assert batch.images.dtype == torch.float32
+        assert batch.images.shape == (5, 3, 7, 7)
+        assert np.array_equal(as_bytes(batch.images), subset.split.gather(batch.ids))
+        assert batch.labels is not None
+        assert batch.labels.tolist() == [int(number) % 3 for number in batch.ids]
+
+
+def test_an_epoch_entered_in_the_middle_goes_on_the_same(subset: Subset) -> None:
+    batches = make_batches(subset, side=5, flip=True, seed=9)
+    whole = list(batches.epoch(2))
+    for start_step in range(4):
+        rest = list(batches.epoch(2, start_step))
+        assert len(rest) == 3 - start_step
+        for expected, batch in zip(whole[start_step:], rest, strict=True):
+            assert batch.ids.tolist() == expected.ids.tolist()
+            assert torch.equal(batch.images, expected.images)
+
+
+def test_augmentation_does_not_depend_on_the_batch(subset: Subset) -> None:
+    def by_id(batch_size: int) -> dict[int, torch.Tensor]:
+        batches = make_batches(subset, batch_size=batch_size, side=4, flip=True)
+        return {
+            int(number): image
+            for batch in batches.epoch(1)
+            for number, image in zip(batch.ids, batch.images, strict=True)
+        }
+
+    alone, together = by_id(1), by_id(17)
+    assert alone.keys() == together.keys() == set(range(3, 20))
+    for number, image in alone.items():
+        assert torch.equal(image, together[number])
+
+
+def test_crops_come_from_everywhere_and_half_of_them_are_mirrored(subset: Subset) -> None:
+    batches = make_batches(subset, batch_size=17, side=5, flip=True)
+    found = np.zeros((3, 3, 2), dtype=int)
+    for epoch in range(40):
+        (batch,) = batches.epoch(epoch)
+        for image, crop in zip(subset.split.gather(batch.ids), as_bytes(batch.images), strict=True):
+            places = [
+                (top, left, mirrored)
+                for top in range(3)
+                for left in range(3)
+                for mirrored, candidate in enumerate((crop, crop[:, ::-1]))
+                if np.array_equal(image[top : top + 5, left : left + 5], candidate)
+            ]
+            assert len(places) == 1
+            found[places[0]] += 1
+    expected = found.sum() / 18
+    assert ((found - expected) ** 2 / expected).sum() < 44  # chi-square, 17 degrees, p = 0.0003
+
+
+def test_evaluation_shows_every_image_once_in_order_and_its_middle(subset: Subset) -> None:
+    batches = list(eval_batches(subset, batch_size=4, side=5, device=CPU))
+    assert [len(batch.ids) for batch in batches] == [4, 4, 4, 4, 1]
+    ids = np.concatenate([batch.ids for batch in batches])
+    assert ids.tolist() == list(range(3, 20))
+    images = np.concatenate([as_bytes(batch.images) for batch in batches])
+    assert np.array_equal(images, subset.split.gather(ids)[:, 1:6, 1:6])
+
+
+def test_images_without_labels_make_batches_without_labels(make_prepared: MakePrepared) -> None:
+    split = make_prepared(7, classes=None).train
+    subset = Subset(split, np.arange(7))
+    assert next(make_batches(subset, side=5).epoch(0)).labels is None
+    assert next(eval_batches(subset, 5, 5, CPU)).labels is None
+
+
+def test_too_few_images_for_one_batch_are_refused(subset: Subset) -> None:
+    with pytest.raises(DatasetError, match=r"batch_size is 18, and there are 17\."):
+        make_batches(subset, batch_size=18)
+
+
+def test_images_smaller_than_the_crop_are_refused(subset: Subset) -> None:
+    with pytest.raises(DatasetError, match=r"model\.image_size \(8 px\), these are 7 px"):
+        make_batches(subset, side=8)
+    with pytest.raises(DatasetError, match=r"model\.image_size \(8 px\)"):
+        next(eval_batches(subset, 4, 8, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_hold_the_same_as_on_the_cpu(subset: Subset) -> None:
+    device = torch.device("cuda")
+    there = Batches(subset, batch_size=5, side=5, flip=True, seed=0, device=device)
+    for batch, expected in zip(
+        there.epoch(0), make_batches(subset, side=5, flip=True).epoch(0), strict=True
+    ):
+        assert batch.images.is_cuda
+        assert torch.equal(batch.images.cpu(), expected.images)

@@ -1,0 +1,354 @@
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import prepare as module
+from data.decode import decode_square
+from data.manifest import Manifest
+from data.prepare import estimate_bytes, prepare
+from data.prepared import PreparedData, verify
+from data.records import DatasetError, Record, Source, Split
+
+MakeSource = Callable[..., Any]
+MakeNoise = Callable[..., list[NDArray[np.uint8]]]
+
+
+def run(source: Source, directory: Path, **options: Any) -> Manifest:
+    options = {"side": 5, "report": lambda done, total: None, "workers": 2, **options}
+    return prepare(source, directory, **options)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_IMAGES", 4)
+
+
+@pytest.fixture
+def source(list_source: MakeSource, noise_images: MakeNoise) -> Any:
+    """11 train and 3 test images, 7 x 9 px, labels 0, 1, 2, 0, ..."""
+    return list_source(
+        noise_images(11, 7, 9),
+        noise_images(3, 7, 9, seed=1),
+        labels={"train": [i % 3 for i in range(11)], "test": [2, 1, 0]},
+        class_names=["a", "b", "c"],
+    )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.npy")}
+
+
+def test_every_image_arrives_in_order_with_its_label(
+    source: Any, tmp_path: Path, noise_images: MakeNoise
+) -> None:
+    manifest = run(source, tmp_path)
+    assert manifest.counts == {"train": 11, "test": 3}
+    assert [entry.images for entry in manifest.shards["train"]] == [4, 4, 3]
+    prepared = PreparedData.open(tmp_path)
+    expected = [decode_square(Image.fromarray(image), 5) for image in noise_images(11, 7, 9)]
+    assert np.array_equal(prepared.train.gather(np.arange(11)), np.stack(expected))
+    assert prepared.train.labels is not None
+    assert prepared.train.labels.tolist() == [i % 3 for i in range(11)]
+    assert prepared.test is not None
+    assert prepared.test.labels is not None
+    assert prepared.test.labels.tolist() == [2, 1, 0]
+    assert prepared.class_names == ["a", "b", "c"]
+    assert prepared.fingerprint == manifest.fingerprint
+
+
+def test_progress_counts_every_image_once(source: Any, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(source, tmp_path, report=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 14) for done in range(15)]
+
+
+def test_a_preparation_that_was_cut_off_goes_on_after_its_last_whole_shard(
+    source: Any, tmp_path: Path
+) -> None:
+    whole = run(source, tmp_path / "whole")
+
+    def stop_in_the_third_shard(done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, cut, report=stop_in_the_third_shard)
+    assert verify(cut, full=True) is not None
+    kept = {path.name: path.stat().st_mtime_ns for path in cut.glob("*.npy")}
+    assert sorted(kept) == ["train-00000.npy", "train-00001.npy"]
+
+    source.read.clear()
+    seen: list[int] = []
+    manifest = run(source, cut, report=lambda done, total: seen.append(done))
+    assert source.read[0] == ("train", 8), "what was kept is not read again"
+    assert seen == list(range(8, 15))
+    assert {name: (cut / name).stat().st_mtime_ns for name in kept} == kept
+    assert contents(cut) == contents(tmp_path / "whole")
+    assert manifest.fingerprint == whole.fingerprint
+    assert not list(cut.glob("*.tmp"))
+
+
+def test_a_hole_is_filled_without_reading_what_lies_around_it(source: Any, tmp_path: Path) -> None:
+    whole = run(source, tmp_path)
+    (tmp_path / "train-00001.npy").unlink()
+    source.read.clear()
+    again = run(source, tmp_path)
+    assert source.read == [("train", number) for number in range(4, 8)]
+    assert again.fingerprint == whole.fingerprint
+    assert verify(tmp_path, full=True) is None
+
+
+def test_a_shard_of_the_wrong_size_is_written_again(source: Any, tmp_path: Path) -> None:
+    whole = run(source, tmp_path)
+    path = tmp_path / "train-00002.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run(source, tmp_path).fingerprint == whole.fingerprint
+    assert verify(tmp_path, full=True) is None
+
+
+@pytest.mark.parametrize("change", ["source", "side"])
+def test_nothing_is_kept_of_another_source_or_size(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path, change: str
+) -> None:
+    run(list_source(noise_images(7, 6, 6), name="before"), tmp_path)
+    name, side = ("after", 5) if change == "source" else ("before", 3)
+    other = list_source(noise_images(7, 6, 6, seed=9), name=name)
+    run(other, tmp_path, side=side)
+    assert len(other.read) == 7
+    expected = decode_square(Image.fromarray(noise_images(7, 6, 6, seed=9)[6]), side)
+    assert np.array_equal(PreparedData.open(tmp_path).train.gather(np.array([6]))[0], expected)
+
+
+def test_unreadable_images_are_set_aside_with_a_reason_and_labels_stay_right(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    images: list[Any] = noise_images(9, 6, 6)
+    images[1], images[6] = b"", b"<html>"
+    labels: list[int | None] = [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    source = list_source(images, labels={"train": labels}, class_names=list("abcdefghi"))
+    manifest = run(source, tmp_path, max_skipped=0.25)
+    assert [skipped.name for skipped in manifest.skipped] == ["train/1", "train/6"]
+    assert "empty" in manifest.skipped[0].reason
+    assert "not an image" in manifest.skipped[1].reason
+    train = PreparedData.open(tmp_path).train
+    assert train.labels is not None
+    assert train.labels.tolist() == [0, 2, 3, 4, 5, 7, 8]
+    expected = decode_square(Image.fromarray(images[7]), 5)
+    assert np.array_equal(train.gather(np.array([5]))[0], expected)
+    assert verify(tmp_path, full=True) is None
+    assert run(source, tmp_path, max_skipped=0.25) == manifest, "kept parts remember"
+
+
+def test_too_many_unreadable_images_stop_the_work_early_and_are_listed(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    images: list[Any] = [b"", b"<html>", *noise_images(38, 6, 6)]
+    source = list_source(images)
+    with pytest.raises(DatasetError, match=r"At most 2\.5% of the 40 images") as error:
+        run(source, tmp_path, max_skipped=0.025)
+    assert "train/0: the file is empty" in str(error.value)
+    assert "train/1: not an image" in str(error.value)
+    assert "data.max_skipped" in str(error.value)
+    assert len(source.read) < 20
+
+
+def test_at_most_ten_unreadable_images_are_listed(list_source: MakeSource, tmp_path: Path) -> None:
+    source = list_source([b""] * 30)
+    with pytest.raises(DatasetError) as error:
+        run(source, tmp_path, max_skipped=0.5)
+    assert str(error.value).count("the file is empty") == 10
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_work(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6 - 999, 999))
+    with pytest.raises(DatasetError, match=r"needs 0\.0 GiB, the disk of .* has 0\.0 GiB free"):
+        run(source, tmp_path)
+    assert source.read == []
+
+
+def test_what_is_there_already_needs_no_space(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 0))
+    run(source, tmp_path)
+
+
+def test_the_estimate_is_close_to_what_is_written(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    source = list_source(noise_images(30, 32, 32), noise_images(9, 32, 32))
+    run(source, tmp_path, side=32)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
+    assert estimate_bytes(source, 32) == pytest.approx(written, rel=0.05)
+
+
+def test_a_disk_that_fills_up_is_an_error_that_says_so(
+    source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_pixels", full)
+    with pytest.raises(DatasetError, match=r"is full\. Free some space and run the same command"):
+        run(source, tmp_path)
+
+
+def test_a_source_that_shrinks_meanwhile_is_an_error(source: Any, tmp_path: Path) -> None:
+    source.counts = {"train": 11, "test": 3}
+    records = source.records
+    source.records = lambda split, start=0: (
+        record for record in records(split, start) if record.name != "train/9"
+    )
+    with pytest.raises(DatasetError, match="train-00002 should have 3 images, got 2"):
+        run(source, tmp_path)
+
+
+@pytest.mark.parametrize("label", [None, -1, 3])
+def test_a_missing_label_among_labels_is_an_error(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path, label: int | None
+) -> None:
+    source = list_source(
+        noise_images(3, 5, 5), labels={"train": [0, label, 2]}, class_names=["a", "b", "c"]
+    )
+    with pytest.raises(DatasetError, match=rf"label in 0 to 2, train/1 has {label}"):
+        run(source, tmp_path)
+
+
+def test_the_fingerprint_tells_every_kind_of_change(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    images = noise_images(6, 5, 5)
+    changed = [image.copy() for image in images]
+    changed[5][4, 4, 2] ^= 1
+    labels: dict[Split, list[int]] = {"train": [0, 1, 0, 1, 0, 1]}
+    variants = {
+        "original": list_source(images, labels=labels, class_names=["a", "b"]),
+        "pixel": list_source(changed, labels=labels, class_names=["a", "b"]),
+        "label": list_source(images, labels={"train": [0, 1, 0, 1, 0, 0]}, class_names=["a", "b"]),
+        "name": list_source(images, labels=labels, class_names=["a", "c"]),
+        "no labels": list_source(images),
+        "order": list_source(images[::-1], labels=labels, class_names=["a", "b"]),
+        "fewer": list_source(images[:5], labels=labels, class_names=["a", "b"]),
+        "test": list_source(
+            images[:4], images[4:], labels=labels | {"test": [0, 1]}, class_names=["a", "b"]
+        ),
+    }
+    found = {key: run(s, tmp_path / key).fingerprint for key, s in variants.items()}
+    assert len(set(found.values())) == len(found)
+    twin = list_source(images, labels=labels, class_names=["a", "b"], name="elsewhere")
+    assert run(twin, tmp_path / "twin").fingerprint == found["original"]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(
+    list_source: MakeSource,
+    noise_images: MakeNoise,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SHARD_IMAGES", 4096)
+    source = list_source(noise_images(1, 5, 5) * 300)
+    most = 0
+
+    def watch(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, len(source.read) - done)
+
+    run(source, tmp_path, report=watch, workers=2)
+    assert most <= 10
+
+
+def test_odd_files_do_not_depend_on_the_users_warning_filters(
+    list_source: MakeSource, tmp_path: Path
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01")
+    assert run(list_source([file.getvalue()]), tmp_path).skipped == []
+
+
+def test_torch_gets_its_threads_back(source: Any, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    run(source, tmp_path)
+    assert torch.get_num_threads() == before
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from data import prepare
+from data.drawn import DrawnSource
+
+prepare.SHARD_IMAGES = 16
+DrawnSource.counts = {"train": 90, "test": 20}
+
+def report(done, total):
+    print(done, flush=True)
+    time.sleep(0.01)
+
+prepare.prepare(DrawnSource(), Path(sys.argv[1]), side=16, report=report, workers=2)
+"""
+
+
+@pytest.mark.slow
+def test_a_preparation_killed_at_any_moment_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = tmp_path / "killed"
+    for lines in (20, 25):  # the second attempt goes on from the first
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(killed)], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            for _ in range(lines):
+                process.stdout.readline()
+            time.sleep(0.003 * lines)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    assert verify(killed, full=True) is not None
+    assert len(contents(killed)) >= 2
+
+    from data.drawn import DrawnSource
+
+    monkeypatch.setattr(module, "SHARD_IMAGES", 16)
+    monkeypatch.setattr(DrawnSource, "counts", {"train": 90, "test": 20})
+    finished = run(DrawnSource(), killed, side=16)
+    whole = run(DrawnSource(), tmp_path / "whole", side=16)
+    assert finished.fingerprint == whole.fingerprint
+    assert contents(killed) == contents(tmp_path / "whole")
+    assert verify(killed, full=True) is None
+
+
+def test_a_record_may_be_a_path(list_source: MakeSource, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.new("RGB", (5, 5), (1, 2, 3)).save(path)
+    run(list_source([path]), tmp_path / "out")
+    image = PreparedData.open(tmp_path / "out").train.gather(np.array([0]))[0]
+    assert image.reshape(-1, 3).tolist() == [[1, 2, 3]] * 25
+
+
+def test_a_failing_source_is_not_swallowed(source: Any, tmp_path: Path) -> None:
+    def records(split: Split, start: int = 0) -> Iterator[Record]:
+        raise DatasetError("the disk was pulled out")
+
+    source.records = records
+    with pytest.raises(DatasetError, match="pulled out"):
+        run(source, tmp_path)

@@ -1,0 +1,85 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.transforms import centre_crop_square, crop, flip, normalise, resize
+
+
+def triangle_filter(size: int, side: int) -> NDArray[np.float64]:
+    """Weights of an antialiased bilinear resize of one axis, by its definition."""
+    scale = size / side
+    reach = max(scale, 1.0)
+    centres = (np.arange(side) + 0.5) * scale
+    distances = np.abs(centres[:, None] - (np.arange(size) + 0.5)) / reach
+    weights = np.maximum(0, 1 - distances)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("side", [5, 16, 53])
+def test_resize_matches_the_definition(rng: torch.Generator, side: int) -> None:
+    images = torch.rand(2, 3, 37, 23, generator=rng)
+    rows, columns = triangle_filter(37, side), triangle_filter(23, side)
+    expected = np.einsum("ih,nchw,jw->ncij", rows, images.double().numpy(), columns)
+    np.testing.assert_allclose(resize(images, side).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
+def test_resize_leaves_no_mark_of_orientation(rng: torch.Generator, quarter_turns: int) -> None:
+    images = torch.rand(2, 3, 37, 37, generator=rng)
+    turned_first = resize(torch.rot90(images, quarter_turns, dims=(-2, -1)), side=16)
+    turned_last = torch.rot90(resize(images, side=16), quarter_turns, dims=(-2, -1))
+    torch.testing.assert_close(turned_first, turned_last)
+
+
+def test_resize_refuses_bytes() -> None:
+    with pytest.raises(TypeError, match=r"got torch\.uint8"):
+        resize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 2)
+
+
+def test_centre_crop_keeps_the_middle_of_the_long_side() -> None:
+    wide = np.arange(3 * 7, dtype=np.uint8).reshape(3, 7)
+    middle = [[2, 3, 4], [9, 10, 11], [16, 17, 18]]
+    assert centre_crop_square(wide).tolist() == middle
+    assert np.asarray(centre_crop_square(Image.fromarray(wide))).tolist() == middle
+    tall: NDArray[np.uint8] = np.ascontiguousarray(wide.T)
+    assert centre_crop_square(tall).T.tolist() == middle
+    assert np.asarray(centre_crop_square(Image.fromarray(tall))).T.tolist() == middle
+
+
+def test_each_image_is_cropped_at_its_own_place(rng: torch.Generator) -> None:
+    images = torch.randint(0, 256, (4, 3, 11, 7), generator=rng, dtype=torch.uint8)
+    tops, lefts = torch.tensor([0, 6, 2, 5]), torch.tensor([2, 0, 1, 2])
+    cropped = crop(images, tops, lefts, side=5)
+    assert cropped.shape == (4, 3, 5, 5)
+    for row, (top, left) in enumerate(zip(tops.tolist(), lefts.tolist(), strict=True)):
+        assert torch.equal(cropped[row], images[row, :, top : top + 5, left : left + 5])
+
+
+def test_crop_refuses_images_that_are_too_small() -> None:
+    here = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"at least 6 x 6 px, got \(7, 5\)"):
+        crop(torch.zeros(1, 3, 7, 5), here, here, side=6)
+
+
+def test_flip_mirrors_left_and_right_of_the_chosen_images() -> None:
+    images = torch.tensor([[[[1, 2, 3], [4, 5, 6]]], [[[1, 2, 3], [4, 5, 6]]]])
+    flipped = flip(images, torch.tensor([False, True]))
+    assert flipped[:, 0].tolist() == [[[1, 2, 3], [4, 5, 6]], [[3, 2, 1], [6, 5, 4]]]
+
+
+def test_normalise_maps_bytes_to_minus_one_to_one() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 5, 5)
+    numbers = normalise(images)
+    assert numbers.dtype == torch.float32
+    assert numbers.is_contiguous()
+    torch.testing.assert_close(numbers[1, :, 3, 4], torch.tensor([-1.0, -0.6, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_normalise_refuses_what_may_be_normalised_already(dtype: Any) -> None:
+    with pytest.raises(TypeError, match="needs uint8"):
+        normalise(torch.zeros(1, 3, 2, 2, dtype=dtype))
