@@ -1,0 +1,115 @@
+"""What several tests need: a seeded generator, a few drawn images, the settings of a tiny run."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# Prefect reads its settings when it is imported; nothing of the user's own must be touched.
+os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
+os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
+os.environ["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
+for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN"):
+    os.environ.pop(name, None)
+os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see training/hardware.py
+
+import pytest
+import torch
+
+from data.drawn import draw, label_of
+from training import store
+from training.runner import run_stage
+from training.settings import Settings, validate
+from training.stages import plan
+from training.store import StageResult
+
+TINY_CLASSES = ("house", "tree", "car")
+"""Labels 0 to 2 of the drawn images."""
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder source: 20 train and 7 test images of each of three kinds of things, 24 px."""
+    root = tmp_path_factory.mktemp("tiny")
+    for split, per_class in (("train", 20), ("test", 7)):
+        found = dict.fromkeys(range(len(TINY_CLASSES)), 0)
+        index = 0
+        while min(found.values()) < per_class:
+            label = label_of(index)
+            if label in found and found[label] < per_class:
+                path = root / split / TINY_CLASSES[label] / f"{found[label]:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw(index, "train" if split == "train" else "test", 24).save(path)
+                found[label] += 1
+            index += 1
+    return root
+
+
+@pytest.fixture
+def tiny_values(tiny_folder: Path) -> dict[str, Any]:
+    """Settings of a run that takes about a second: 16 px, two blocks, 54 training images."""
+    return {
+        "data": {"source": f"folder:{tiny_folder}", "crop_margin": 0.25},
+        "model": {
+            "image_size": 16,
+            "patch_size": 8,
+            "embed_dim": 12,
+            "depth": 2,
+            "num_heads": 3,
+            "mlp_ratio": 2,
+            "dropout": 0.1,
+        },
+        "pretrain": {"epochs": 3, "batch_size": 9, "warmup_epochs": 1},
+        "transfer": {"labels": 30},
+        "linear_probe": {"epochs": 5, "lrs": [0.01, 0.1], "weight_decays": [0.0]},
+        "finetune": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
+        "from_scratch": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
+        "feature_analysis": {"knn_k": 3},
+        "hardware": {"device": "cpu", "threads": 1},
+        "tracking": {"log_every_steps": 1, "wandb": "disabled"},
+    }
+
+
+@pytest.fixture
+def tiny_settings(tiny_values: dict[str, Any]) -> Settings:
+    return validate(tiny_values)
+
+
+RunStages = Callable[..., dict[str, StageResult]]
+
+
+@pytest.fixture
+def run_stages() -> RunStages:
+    """Run stages in this process, without Prefect: `(settings, outputs, until)` → results."""
+
+    def run(settings: Settings, outputs: Path, until: str) -> dict[str, StageResult]:
+        results: dict[str, StageResult] = {}
+        for stage in plan(settings, until):
+            request = store.make_request(stage, settings, outputs, results)
+            module = import_module(f"training.{stage.module or stage.name}")
+            results[stage.name] = run_stage(request, module.compute)
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prefect_backend() -> Iterator[None]:
+    """Prefect's own temporary server; it takes some ten seconds to start."""
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        # Its thread adds a second to the end of every flow run.
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield

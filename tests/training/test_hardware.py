@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import hardware
+from training.hardware import decide, decide_once
+from training.settings import HardwareSettings
+
+
+def test_a_narrow_network_stays_in_float32_on_cpu() -> None:
+    found = decide(HardwareSettings(device="cpu"), embed_dim=128)
+    assert (found.device, found.precision) == ("cpu", "float32")
+
+
+@pytest.mark.parametrize(("computes", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_wide_network_takes_bfloat16_where_the_processor_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, computes: bool, expected: str
+) -> None:
+    monkeypatch.setattr(hardware, "_cpu_info", lambda field: " avx512_bf16" * computes)
+    assert decide(HardwareSettings(device="cpu"), embed_dim=512).precision == expected
+
+
+def test_what_is_set_is_taken() -> None:
+    settings = HardwareSettings(device="cpu", precision="bfloat16", threads=3)
+    found = decide(settings, embed_dim=16)
+    assert (found.precision, found.threads) == ("bfloat16", 3)
+
+
+def test_a_resume_decides_as_the_first_attempt_did(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        first = HardwareSettings(device="cpu", precision="bfloat16", threads=1)
+        decided = decide_once(tmp_path, first, embed_dim=16)
+        later = decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
+        assert later == decided
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_autocast_computes_in_the_precision_that_was_decided() -> None:
+    layer = torch.nn.Linear(3, 5)
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        settings = HardwareSettings.model_validate({"device": "cpu", "precision": precision})
+        with decide(settings, embed_dim=16).autocast():
+            assert layer(torch.zeros(2, 3)).dtype == dtype

@@ -1,0 +1,74 @@
+"""A user's mistakes are found before the work starts, and said in one line."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.records import DatasetError
+from training import preflight
+from training.settings import ConfigError, Settings, merge, validate
+from training.store import OutputsError
+
+
+def test_sound_settings_pass(tiny_settings: Settings, tmp_path: Path) -> None:
+    preflight.check(tiny_settings, tmp_path / "new" / "outputs")
+    assert (tmp_path / "new" / "outputs").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"source": "folder:no/such/folder"}}, "no/such/folder"),
+        ({"data": {"source": "drawn11"}}, "drawn10"),
+        ({"pretrain": {"batch_size": 500}}, "pretrain.batch_size must be at most.*54"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_refused(
+    tiny_values: dict[str, Any], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        preflight.check(validate(merge(tiny_values, changes)), tmp_path)
+
+
+def test_an_empty_folder_is_refused(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    changes = {"data": {"source": f"folder:{tmp_path / 'images'}"}}
+    with pytest.raises(DatasetError, match="found none for train"):
+        preflight.check(validate(merge(tiny_values, changes)), tmp_path)
+
+
+def test_labels_are_demanded_only_by_the_stages_that_need_them(
+    tiny_values: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number, path in enumerate(sorted((tiny_folder / "train").rglob("*.png"))):
+        shutil.copy(path, tmp_path / "images" / f"{number}.png")
+    changes = {"data": {"source": f"folder:{tmp_path / 'images'}"}}
+    settings = validate(merge(tiny_values, changes))
+    preflight.check(settings, tmp_path / "outputs", until="pretrain")
+    with pytest.raises(DatasetError, match=r"has no labels.*transfer\.source"):
+        preflight.check(settings, tmp_path / "outputs")
+
+
+def test_an_outputs_folder_that_cannot_be_written_is_refused(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputsError, match=r"must be writable.*--outputs"):
+        preflight.check(tiny_settings, tmp_path / "file" / "outputs")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_outputs_folder_is_refused(tiny_settings: Settings, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputsError, match="must be writable"):
+        preflight.check(tiny_settings, tmp_path)
+
+
+def test_wandb_online_without_a_key_is_refused(tiny_values: dict[str, Any], tmp_path: Path) -> None:
+    settings = validate(merge(tiny_values, {"tracking": {"wandb": "online"}}))
+    with pytest.raises(ConfigError, match="needs a key"):
+        preflight.check(settings, tmp_path)

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+from typing import Any
+
+from training.run_record import RunRecord, run_name
+from training.settings import Settings, merge, to_yaml, validate
+from training.store import StageResult
+
+
+def result(stage: str, directory: Path, **changes: Any) -> StageResult:
+    values: dict[str, Any] = {
+        "stage": stage,
+        "key": "0123456789abcdef",
+        "directory": directory,
+        "status": "computed",
+        "wall_seconds": 1.23456,
+        "digest": "f00",
+        "scores": {"top1": 0.75},
+        "timing": {"samples_per_second": 9.0},
+    }
+    return StageResult.model_validate(values | changes)
+
+
+def test_results_have_the_published_form(tmp_path: Path, tiny_settings: Settings) -> None:
+    record = RunRecord(tiny_settings, tmp_path)
+    record.add(result("prepare_data", tmp_path, scores={}, timing={}))
+    record.add(result("linear_probe", tmp_path / "x", status="cached"))
+    record.write(state="finished")
+    found = json.loads((record.directory / "results.json").read_bytes())
+    assert found["schema_version"] == 1
+    assert found["preset"] == "drawn"
+    assert found["seed"] == 0
+    assert found["data"] == {
+        "pretrain": tiny_settings.data.source,
+        "transfer": "drawn10" if tiny_settings.transfer.source else tiny_settings.data.source,
+        "fingerprint": "f00",
+    }
+    assert found["stages"]["linear_probe"] == {
+        "key": "0123456789abcdef",
+        "directory": str(tmp_path / "x"),
+        "status": "cached",
+        "wall_seconds": 1.235,
+        "samples_per_second": 9.0,
+        "top1": 0.75,
+    }
+
+
+def test_the_record_holds_what_is_needed_to_repeat_the_run(
+    tmp_path: Path, tiny_settings: Settings
+) -> None:
+    record = RunRecord(tiny_settings, tmp_path)
+    run = json.loads((record.directory / "run.json").read_bytes())
+    assert run["state"] == "running"
+    assert run["versions"]["torch"]
+    assert (record.directory / "config.yaml").read_text() == to_yaml(tiny_settings)
+
+
+def test_the_same_settings_have_the_same_name_and_others_another(
+    tiny_values: dict[str, Any],
+) -> None:
+    name = run_name(validate(tiny_values))
+    assert name.startswith("drawn-seed0-")
+    assert run_name(validate(merge(tiny_values, {"tracking": {"log_every_steps": 9}}))) == name
+    assert run_name(validate(merge(tiny_values, {"finetune": {"epochs": 9}}))) != name
+    assert run_name(validate(merge(tiny_values, {"seed": 3}))).startswith("drawn-seed3-")
+
+
+def test_the_report_is_put_beside_the_record(tmp_path: Path, tiny_settings: Settings) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "index.html").write_text("<p>page")
+    record = RunRecord(tiny_settings, tmp_path)
+    record.add(result("report", tmp_path / "made"))
+    assert (record.directory / "report" / "index.html").read_text() == "<p>page"

@@ -1,0 +1,211 @@
+"""Checkpoints that are complete or absent, and are verified before they are used.
+
+A checkpoint is a directory `step-00001234/` of safetensors files and a `state.json`, with a
+`manifest.json` that names every file's sha256 and size. It is written under a temporary name,
+synced to disk and renamed, so a directory with the final name is whole. `torch.load` notices
+neither a flipped bit nor a zeroed page in tensor bytes; the manifest does.
+"""
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.errors import CheckpointError
+from training.store import digest_of, sha256_of, sync_directory
+
+logger = logging.getLogger(__name__)
+
+KEEP = 2
+"""Checkpoints kept: the newest may be the one that a crash damages."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that training goes on from.
+
+    Attributes:
+        step: Optimiser steps taken.
+        tensors: Groups (`model`, `optimizer`, `best`) of tensors by name; on the CPU once loaded.
+        state: Plain values besides.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and remove the oldest beyond `KEEP`.
+
+    Args:
+        root: Folder of all checkpoints of one stage key.
+        snapshot: What to save. Nothing but tensors and plain values, so nothing is unpickled.
+        identity: What it belongs to; `load_newest` refuses it for anything else.
+
+    Returns:
+        The checkpoint's directory. One that is there already is kept if it verifies.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"step-{snapshot.step:08d}"
+    if final.exists():
+        if not _problem(final):
+            return final
+        _set_aside(final)
+    temporary = root / f".tmp-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        for group, tensors in snapshot.tensors.items():
+            on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(on_cpu, temporary / f"{group}.safetensors")
+        _write_json(temporary / "state.json", {"step": snapshot.step, **snapshot.state})
+        files = {
+            path.name: {"sha256": sha256_of(path), "size": path.stat().st_size}
+            for path in sorted(temporary.iterdir())
+        }
+        manifest = {"step": snapshot.step, "identity": dict(identity), "files": files}
+        # Its own digest besides, or a flipped bit in the manifest would pass.
+        _write_json(temporary / "manifest.json", {**manifest, "sha256": digest_of(manifest)})
+        for path in temporary.iterdir():
+            _sync(path)
+        sync_directory(temporary)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(root)
+    _prune(root, newest=final)
+    return final
+
+
+def load_newest(root: Path, *, identity: Mapping[str, Any]) -> Snapshot | None:
+    """Load the newest checkpoint that verifies; damaged ones are renamed and reported.
+
+    Returns:
+        The snapshot, or None where there has never been a checkpoint.
+
+    Raises:
+        CheckpointError: If all are damaged, or the newest sound one belongs to something else.
+    """
+    for leftover in root.glob(".tmp-*"):  # of a writer that was killed; the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    set_aside = sorted(path.name for path in root.glob("step-*.damaged*"))
+    for directory in _newest_first(root):
+        problem = _problem(directory)
+        if problem:
+            logger.warning("Checkpoint %s is damaged (%s): set aside.", directory.name, problem)
+            set_aside.append(_set_aside(directory).name)
+            continue
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        _check_identity(directory, manifest["identity"], identity)
+        tensors = {path.stem: load_file(path) for path in sorted(directory.glob("*.safetensors"))}
+        state = json.loads((directory / "state.json").read_bytes())
+        return Snapshot(step=state.pop("step"), tensors=tensors, state=state)
+    if set_aside:
+        raise CheckpointError(
+            f"At least one checkpoint must be sound, but all under {root} are damaged "
+            f"({', '.join(set_aside)}). Restore one from a backup, or remove {root} to start "
+            "from the beginning."
+        )
+    return None
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state by parameter name: `<parameter>/<what>`."""
+    return {
+        f"{name}/{what}": tensor
+        for name, parameter in model.named_parameters()
+        for what, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` returned. The learning rate is set by the step."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameter_name, _, what = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        # AdamW counts its steps on the CPU unless it is fused on a GPU.
+        place = parameter.device if what != "step" or _fused(optimizer) else torch.device("cpu")
+        optimizer.state[parameter][what] = tensor.to(place)
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.defaults.get("fused"))
+
+
+def _newest_first(root: Path) -> Iterator[Path]:
+    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    yield from sorted(found, reverse=True)
+
+
+def _problem(directory: Path) -> str:
+    """Say what is wrong with a checkpoint; empty where nothing is."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        if manifest.pop("sha256") != digest_of(manifest):
+            return "manifest.json is not as it was written"
+        files: dict[str, Any] = manifest["files"]
+        for name, record in files.items():
+            path = directory / name
+            if path.stat().st_size != record["size"] or sha256_of(path) != record["sha256"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is gone"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read: {error}"
+    return ""
+
+
+def _set_aside(directory: Path) -> Path:
+    target = directory.with_name(f"{directory.name}.damaged")
+    count = 1
+    while target.exists():
+        count += 1
+        target = directory.with_name(f"{directory.name}.damaged-{count}")
+    directory.rename(target)
+    return target
+
+
+def _check_identity(directory: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} is {found.get(name)!r} there and {expected.get(name)!r} here"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"A checkpoint must belong to the stage that resumes from it, {directory} does not: "
+            f"{'; '.join(differences)}. Move it away to start without it."
+        )
+
+
+def _prune(root: Path, *, newest: Path) -> None:
+    problem = _problem(newest)
+    if problem:
+        raise CheckpointError(
+            f"A checkpoint must read back as it was written, {newest} does not: {problem}. "
+            "The older ones are kept; check the disk."
+        )
+    for directory in list(_newest_first(root))[KEEP:]:
+        shutil.rmtree(directory)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,21 @@
+"""The errors that a user can mend, gathered from where they are raised. Imports no torch."""
+
+from data.records import DatasetError
+from models.errors import ModelError
+from training.settings import ConfigError
+from training.store import OutputsError
+
+
+class CheckpointError(ValueError):
+    """Checkpoints are there, and none can be used."""
+
+
+class DivergedError(ArithmeticError):
+    """The loss, a gradient or a weight is not a number any more."""
+
+
+USER_ERRORS = (ConfigError, DatasetError, ModelError, OutputsError, CheckpointError, DivergedError)
+"""Errors that a retry cannot mend and whose message says what to do."""
+
+ERRORS_BY_NAME = {error.__name__: error for error in USER_ERRORS}
+"""The same, for messages from another process."""

@@ -1,0 +1,27 @@
+"""Fine-tuning: the head and the last one (`finetune_1`) or two (`finetune_2`) blocks.
+
+Both start from the probed backbone, so that they compare; `finetune.start_from=previous` chains
+them instead. The last norm, which stands between the last block and the head, is trained too.
+"""
+
+from models.export import load_model
+from models.freezing import train_head_and_last_blocks
+from training import runner
+from training.images import open_labelled
+from training.runner import StageContext, StageOutcome
+from training.supervised import train_classifier
+
+BLOCKS = {"finetune_1": 1, "finetune_2": 2}
+"""Last blocks that are trained, by stage."""
+
+
+def compute(context: StageContext) -> StageOutcome:
+    """Fine-tune the model that the stage starts from."""
+    model = load_model(context.input("start") / "model")
+    train_head_and_last_blocks(model, BLOCKS[context.request.stage])
+    images = open_labelled(context.input("data"), context.settings)
+    return train_classifier(context, model, images, context.settings.finetune)
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

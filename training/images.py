@@ -1,0 +1,55 @@
+"""The images of a stage: the splits of prepared data that the settings ask for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.prepared import PreparedData
+from data.records import DatasetError
+from data.splits import Splits, Subset, split, take_labelled
+from training.settings import Settings
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """What the transfer stages train, choose and report on.
+
+    Attributes:
+        train: The `transfer.labels` labelled images, the same for every stage.
+        val: All validation images, with labels.
+        test: All test images, read once per reported number.
+        class_names: In the order of the labels.
+    """
+
+    train: Subset
+    val: Subset
+    test: Subset
+    class_names: tuple[str, ...]
+
+
+def open_splits(prepared: Path, settings: Settings) -> Splits:
+    """Open prepared images as train, val and test."""
+    return split(
+        PreparedData.open(prepared),
+        val_fraction=settings.data.val_fraction,
+        test_fraction=settings.data.test_fraction,
+        seed=settings.data.split_seed,
+    )
+
+
+def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
+    """Open prepared images as the transfer stages use them.
+
+    Raises:
+        DatasetError: If there are no labels, or not as many as `transfer.labels`.
+    """
+    names = PreparedData.open(prepared).class_names
+    if names is None:
+        source = settings.transfer_source[0]
+        raise DatasetError(
+            f"The transfer stages need labelled images, {source} has no labels. Set "
+            "transfer.source to a source with one folder per class, or run `rotvit pretrain`, "
+            "which needs no labels."
+        )
+    splits = open_splits(prepared, settings)
+    train = take_labelled(splits.train, settings.transfer.labels, seed=settings.data.split_seed)
+    return LabelledImages(train=train, val=splits.val, test=splits.test, class_names=tuple(names))

@@ -1,0 +1,267 @@
+"""The one training loop. Stages differ in the functions that they pass in.
+
+Position is one integer, the number of optimiser steps; order, augmentation and dropout are
+functions of (seed, epoch or step, sample), so that a run that was interrupted anywhere goes on
+exactly as if it had not been.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.loaders import Batch
+from data.randomness import derive_seed
+from models.freezing import set_train_mode
+from training import checkpoint, optim
+from training.checkpoint import Snapshot
+from training.errors import DivergedError
+from training.runner import StageContext
+from training.settings import RecipeSettings
+from training.stopping import Stopped
+from training.store import CHECKPOINTS
+from training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, and on what.
+
+    Attributes:
+        model: The network; the parameters that require a gradient are trained.
+        recipe: Epochs, batch size, rates.
+        steps_per_epoch: Optimiser steps that make an epoch.
+        samples_per_step: Images that go through the network per step.
+        batches: `(epoch, first step within it)` → that epoch's batches from there on.
+        compute_loss: Mean loss of one batch, a scalar in nats.
+        evaluate: Scores on val, by metric key.
+        score: The metric that decides which epoch is best (higher is better), where best weights
+            are kept; none keeps the last.
+        patience: Epochs without a better score after which training stops; none for all.
+    """
+
+    model: nn.Module
+    recipe: RecipeSettings
+    steps_per_epoch: int
+    samples_per_step: int
+    batches: Callable[[int, int], Iterable[Batch]]
+    compute_loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    score: str | None = None
+    patience: int | None = None
+
+
+@dataclass
+class TrainState:
+    """Where training is. All of it is in every checkpoint."""
+
+    step: int = 0
+    evaluated_epochs: int = 0
+    val_scores: dict[str, float] = field(default_factory=dict)
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    train_seconds: float = 0.0
+    resumed_from: int | None = None
+    """Step that this process started at; not saved."""
+    wall_seconds_before: float = 0.0
+    """Time of earlier attempts; not saved."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what goes into `state.json`."""
+        return {
+            "evaluated_epochs": self.evaluated_epochs,
+            "val_scores": self.val_scores,
+            # JSON has no infinity.
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "best_epoch": self.best_epoch,
+            "wall_seconds": self.wall_seconds,
+            "train_seconds": self.train_seconds,
+        }
+
+
+def train(context: StageContext, task: Task, *, seed: int) -> TrainState:
+    """Train to the end, from the newest checkpoint where there is one.
+
+    The model is left with its final weights: the best epoch's where `task.score` is set.
+
+    Raises:
+        DivergedError: If the loss or a gradient is not finite.
+        CheckpointError: If checkpoints are there and none can be used.
+        Stopped: If the process was asked to stop; the state is saved.
+    """
+    return _Run(context, task, seed).train()
+
+
+class _Run:
+    def __init__(self, context: StageContext, task: Task, seed: int) -> None:
+        self.context = context
+        self.task = task
+        self.seed = seed
+        self.root = context.directory / CHECKPOINTS
+        self.identity = {
+            "key": context.request.key,
+            **{f"{role} digest": item.digest for role, item in context.request.inputs.items()},
+        }
+        recipe = task.recipe
+        self.total_steps = recipe.epochs * task.steps_per_epoch
+        self.warmup_steps = round(recipe.warmup_epochs * task.steps_per_epoch)
+        self.peak_lr = optim.scaled_lr(recipe.base_lr, task.samples_per_step)
+        self.optimizer = optim.make_optimizer(task.model, weight_decay=recipe.weight_decay)
+        self.trained = [p for p in task.model.parameters() if p.requires_grad]
+        self.started = self.saved_at = time.monotonic()
+        self.state = TrainState()
+
+    def train(self) -> TrainState:
+        saved = checkpoint.load_newest(self.root, identity=self.identity)
+        if saved:
+            self._restore(saved)
+        with Tracker(self.context, position=saved.state["tracker"] if saved else None) as tracker:
+            self.tracker = tracker
+            while not self._is_finished():
+                if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
+                    self._end_epoch()
+                else:
+                    self._train_epoch()
+        if self.task.score:
+            self.task.model.load_state_dict(self.state.best_weights)
+        self._count_time()
+        return self.state
+
+    def _is_finished(self) -> bool:
+        state, task = self.state, self.task
+        if state.evaluated_epochs == task.recipe.epochs:
+            return True
+        waited = state.evaluated_epochs - state.best_epoch
+        return bool(task.score and task.patience and waited >= task.patience)
+
+    def _train_epoch(self) -> None:
+        epoch, first = divmod(self.state.step, self.task.steps_per_epoch)
+        set_train_mode(self.task.model)
+        lap = time.monotonic()
+        for batch in self.task.batches(epoch, first):
+            self._step(batch)
+            self._save_if_due()
+        self.state.train_seconds += time.monotonic() - lap
+
+    def _step(self, batch: Batch) -> None:
+        state, task = self.state, self.task
+        lr = optim.learning_rate(
+            state.step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            peak_lr=self.peak_lr,
+        )
+        optim.set_learning_rate(self.optimizer, lr)
+        torch.manual_seed(derive_seed(self.seed, "dropout", state.step))
+        loss = task.compute_loss(task.model, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if task.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, task.recipe.clip_norm)
+        self.optimizer.step()
+        state.step += 1
+        if state.step % self.context.settings.tracking.log_every_steps == 0:
+            self._log(loss.item(), lr)
+
+    def _log(self, loss: float, lr: float) -> None:
+        step, epoch = self.state.step, self.state.step / self.task.steps_per_epoch
+        if not math.isfinite(loss):
+            section = self.context.request.stage
+            raise DivergedError(
+                f"The training loss must be finite, it is {loss} at step {step} of {section}. "
+                "Usual causes: a learning rate that is too high or a warm-up that is too short. "
+                "Lower base_lr, or raise warmup_epochs, in the settings of this stage."
+            )
+        self.tracker.log({"train/loss": loss, "train/lr": lr}, step=step, epoch=epoch)
+        self.context.progress(
+            step, self.total_steps, "steps", f"epoch {math.ceil(epoch)}, loss {loss:.3f}"
+        )
+
+    def _end_epoch(self) -> None:
+        state, task = self.state, self.task
+        try:
+            scores = task.evaluate(task.model)
+        except InterruptedError:  # asked to stop: the evaluation is done again after a resume
+            self._save()
+            raise Stopped(state.step) from None
+        state.evaluated_epochs += 1
+        state.val_scores = scores
+        if task.score and scores[task.score] > state.best_score:
+            state.best_score = scores[task.score]
+            state.best_epoch = state.evaluated_epochs
+            # Copies: what state_dict returns are the live weights, which go on changing.
+            state.best_weights = {
+                name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()
+            }
+        self.tracker.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
+        logger.info(
+            "%s: epoch %d of %d, %s",
+            self.context.request.stage,
+            state.evaluated_epochs,
+            task.recipe.epochs,
+            ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
+        )
+        self._save()
+
+    def _save_if_due(self) -> None:
+        rule = self.context.settings.checkpoint
+        if self.context.stop:
+            self._save()
+            raise Stopped(self.state.step)
+        if self.state.step % self.task.steps_per_epoch == 0:
+            return  # the epoch's end saves, and knows its scores
+        due = time.monotonic() - self.saved_at >= rule.every_seconds
+        if due or (rule.every_steps and self.state.step % rule.every_steps == 0):
+            self._save()
+
+    def _save(self) -> None:
+        self._count_time()
+        model = self.task.model
+        if not all(bool(torch.isfinite(p).all()) for p in self.trained):
+            raise DivergedError(
+                f"The weights must be finite, they are not after step {self.state.step} of "
+                f"{self.context.request.stage}. The last good checkpoint is kept. Lower base_lr, "
+                "or raise warmup_epochs, in the settings of this stage."
+            )
+        snapshot = Snapshot(
+            step=self.state.step,
+            tensors={
+                "model": model.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(model, self.optimizer),
+                **({"best": self.state.best_weights} if self.state.best_weights else {}),
+            },
+            state={**self.state.to_plain(), "tracker": self.tracker.position()},
+        )
+        checkpoint.save(self.root, snapshot, identity=self.identity)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, saved: Snapshot) -> None:
+        plain = dict(saved.state)
+        plain.pop("tracker")
+        if plain["best_score"] is None:
+            plain["best_score"] = -math.inf
+        device = self.trained[0].device
+        self.task.model.load_state_dict(saved.tensors["model"])
+        checkpoint.restore_optimizer(self.task.model, self.optimizer, saved.tensors["optimizer"])
+        best: Mapping[str, Tensor] = saved.tensors.get("best", {})
+        self.state = TrainState(
+            **plain,
+            step=saved.step,
+            best_weights={name: tensor.to(device) for name, tensor in best.items()},
+            resumed_from=saved.step,
+            wall_seconds_before=plain["wall_seconds"],
+        )
+        logger.info("%s resumes from step %d.", self.context.request.stage, saved.step)
+
+    def _count_time(self) -> None:
+        elapsed = time.monotonic() - self.started
+        self.state.wall_seconds = self.state.wall_seconds_before + elapsed

@@ -1,0 +1,37 @@
+"""Preparation: decode every image once into square uint8 arrays that training maps into memory."""
+
+from data.prepare import prepare
+from data.sources import open_source
+from training.hardware import available_processors
+from training.runner import StageContext, StageOutcome
+from training.store import data_source
+
+
+def compute(context: StageContext) -> StageOutcome:
+    """Prepare the images of a source; finished shards of an earlier attempt are kept."""
+    settings = context.settings
+    source, test_source = data_source(context.request.stage, settings)
+    manifest = prepare(
+        open_source(source, test_source),
+        context.directory,
+        side=settings.prepared_size,
+        report=lambda done, total: context.progress(done, total, "images"),
+        workers=settings.hardware.threads or available_processors(),
+        max_skipped=settings.data.max_skipped,
+    )
+    return StageOutcome(
+        scores={
+            "source": source,
+            "counts": dict(manifest.counts),
+            "classes": list(manifest.class_names or ()),
+            "side": settings.prepared_size,
+            "skipped": len(manifest.skipped),
+            "skipped_examples": [
+                [item.name, item.reason]
+                for item in manifest.skipped[:10]  # all of them are in the manifest
+            ],
+            "fingerprint": manifest.fingerprint,
+        },
+        made=["manifest.json"],
+        digest=manifest.fingerprint,
+    )

@@ -1,0 +1,122 @@
+"""Rotation pretraining: train a backbone to tell which way up an image is.
+
+Every image is shown turned by 0, 90, 180 and 270 degrees in the same step, and the network says
+which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import ViTForImageClassification
+
+from data.loaders import Batch, Batches, eval_batches
+from data.randomness import uniform
+from data.rotation import NUM_ROTATIONS, make_rotation_batch, rotate_each
+from data.splits import Subset
+from models.export import save_model
+from models.vit import build_vit
+from training import loop, runner
+from training.evaluation import Score, evaluate
+from training.images import open_splits
+from training.runner import StageContext, StageOutcome
+
+ROTATION_NAMES = ("0", "90", "180", "270")
+"""Labels of the rotation head, in degrees counter-clockwise."""
+
+
+def compute(context: StageContext) -> StageOutcome:
+    """Pretrain on the prepared images, from the newest checkpoint where there is one."""
+    settings, recipe = context.settings, context.settings.pretrain
+    hardware = context.hardware()
+    device = hardware.torch_device
+    side = settings.model.image_size
+    splits = open_splits(context.input("data"), settings)
+    model = build_model(context).to(device)
+    batches = Batches(
+        splits.train,
+        batch_size=recipe.batch_size,
+        side=side,
+        flip=recipe.flip,
+        seed=settings.seed,
+        device=device,
+    )
+
+    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+        if recipe.rotations == "all":
+            images, turns = make_rotation_batch(batch.images)
+        else:
+            drawn = uniform(settings.seed, batch.epoch, batch.ids, "rotation")
+            turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
+            images = rotate_each(batch.images, turns)
+        with hardware.autocast():
+            logits = model(images).logits
+        return functional.cross_entropy(logits.float(), turns)
+
+    def score(subset: Subset) -> Score:
+        return evaluate(
+            model,
+            eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device),
+            hardware=hardware,
+            stop=context.stop,
+            rotations=True,
+        )
+
+    def evaluate_on_val(model: nn.Module) -> dict[str, float]:
+        found = score(splits.val)
+        return {"val/loss": found.loss, "val/rotation_accuracy": found.accuracy}
+
+    state = loop.train(
+        context,
+        loop.Task(
+            model=model,
+            recipe=recipe,
+            steps_per_epoch=batches.steps_per_epoch,
+            samples_per_step=recipe.samples_per_step,
+            batches=batches.epoch,
+            compute_loss=compute_loss,
+            evaluate=evaluate_on_val,
+        ),
+        seed=settings.seed,
+    )
+    test = score(splits.test)
+    save_model(
+        model, context.directory / "model", image_size=side, prepared_size=settings.prepared_size
+    )
+    return StageOutcome(
+        scores={
+            "rotation_accuracy": test.accuracy,
+            "correct": test.correct,
+            "total": test.total,
+            "val_rotation_accuracy": state.val_scores["val/rotation_accuracy"],
+            "epochs": recipe.epochs,
+            "steps": state.step,
+            "images": len(splits.train),
+        },
+        timing={"samples_per_second": state.step * recipe.samples_per_step / state.train_seconds},
+        made=["model"],
+        wall_seconds_before=state.wall_seconds_before,
+        resumed_from=state.resumed_from,
+    )
+
+
+def build_model(
+    context: StageContext, label_names: tuple[str, ...] = ROTATION_NAMES
+) -> ViTForImageClassification:
+    """Build the run's network with a fresh head; its weights depend on the seed alone."""
+    sizes = context.settings.model
+    return build_vit(
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+        embed_dim=sizes.embed_dim,
+        depth=sizes.depth,
+        num_heads=sizes.num_heads,
+        mlp_ratio=sizes.mlp_ratio,
+        dropout=sizes.dropout,
+        num_labels=len(label_names),
+        label_names=label_names,
+        seed=context.settings.seed,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

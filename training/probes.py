@@ -1,0 +1,282 @@
+"""Readers of frozen features: linear heads on every layer at once, and nearest neighbours.
+
+Dimension key: L = layers, N = images, D = width of a feature, G = settings tried per layer,
+C = classes.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from data.loaders import epoch_order
+from training.optim import learning_rate
+
+MOMENTUM = 0.9
+"""As in the linear evaluation of DINOv2 (Oquab et al. 2023)."""
+
+VARIANCE_FLOOR = 1e-8
+"""Added to every variance, relative to the layer's mean variance: nearly constant features are not
+blown up, and a layer of small features is treated like one of large features."""
+
+CONSTANT_LAYER_VARIANCE = 1e-12
+"""Added besides, for a layer that is the same for every image: the class token before it has seen
+any patch. Rounding must not look like information there."""
+
+LOGITS_PER_CHUNK = 2**24
+"""Logits held at a time while scoring, so that memory does not grow with the dataset."""
+
+Z_95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Trained linear heads, G per layer; they normalise the features that they are given.
+
+    Attributes:
+        weight: `(L, G, C, D)`, for standardised features.
+        bias: `(L, G, C)`.
+        mean: `(L, D)`, of the training features.
+        scale: `(L, D)`, one over their standard deviation.
+        grid: G pairs of learning rate and weight decay, in the order of the second axis.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    scale: Tensor
+    grid: tuple[tuple[float, float], ...]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits of every head, `(L, G, N, C)`.
+
+        Args:
+            features: `(L, N, D)`, float32, not normalised, on the device of the heads.
+        """
+        standardised = (features - self.mean[:, None]) * self.scale[:, None]
+        return torch.einsum("lnd,lgcd->lgnc", standardised, self.weight) + self.bias[:, :, None]
+
+    def scores(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return top-1 accuracy and mean loss of every head on these images.
+
+        Args:
+            features: `(L, N, D)`, float32, not normalised.
+            labels: `(N,)`, int64.
+
+        Returns:
+            top1: `(L, G)`, float64, fractions in [0, 1].
+            loss: `(L, G)`, float64, cross-entropy in nats.
+        """
+        _check_features(features, labels, num_classes=self.bias.shape[-1])
+        top1 = torch.zeros(self.bias.shape[:2], dtype=torch.float64, device=self.bias.device)
+        loss = torch.zeros_like(top1)
+        chunk = max(1, LOGITS_PER_CHUNK // self.bias.numel())
+        for start in range(0, len(labels), chunk):
+            some = slice(start, start + chunk)
+            logits = self.logits(features[:, some])
+            wanted = labels[some].expand(logits.shape[:-1])
+            top1 += (logits.argmax(dim=-1) == wanted).sum(dim=-1)
+            log_shares = logits.log_softmax(dim=-1).gather(-1, wanted[..., None])[..., 0]
+            loss -= log_shares.sum(dim=-1, dtype=torch.float64)
+        return top1 / len(labels), loss / len(labels)
+
+    def choose(self, val_features: Tensor, val_labels: Tensor) -> list[int]:
+        """Return for each layer the head with the best top-1, of those the one of lowest loss.
+
+        Args:
+            val_features: `(L, N, D)`, of images that the heads were not trained on and that no
+                quoted number comes from.
+            val_labels: `(N,)`, int64.
+        """
+        top1, loss = self.scores(val_features, val_labels)
+        best = []
+        for layer_top1, layer_loss in zip(top1.tolist(), loss.tolist(), strict=True):
+            # A head that diverged has no loss to compare.
+            ranks = [
+                (-share, nats) if math.isfinite(nats) else (math.inf, math.inf)
+                for share, nats in zip(layer_top1, layer_loss, strict=True)
+            ]
+            best.append(ranks.index(min(ranks)))
+        return best
+
+    def folded(self, layer: int, g: int) -> tuple[Tensor, Tensor]:
+        """Return one head as a plain linear map of features that are not normalised.
+
+        Returns:
+            weight: `(C, D)` and
+            bias: `(C,)`, float32, such that `features @ weight.T + bias` are the head's logits.
+        """
+        weight = self.weight[layer, g].double() * self.scale[layer].double()
+        bias = self.bias[layer, g].double() - weight @ self.mean[layer].double()
+        return weight.float(), bias.float()
+
+
+@torch.no_grad()
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> Heads:
+    """Train a linear head for every layer, learning rate and weight decay, all in one pass.
+
+    Each head sees the same batches and learns what it would learn alone: softmax regression from
+    zero by SGD with momentum and a cosine schedule. Features are standardised with the statistics
+    of the whole training set, as by a batch norm without parameters (He et al. 2022, appendix A),
+    so that one set of learning rates serves layers and networks of any scale.
+
+    Args:
+        features: `(L, N, D)`, float32, on any device; the computation stays there.
+        labels: `(N,)`, int64 in `[0, C)`, on the same device.
+        num_classes: C; a class may have no image.
+        lrs: Learning rates to try.
+        weight_decays: Weight decays to try with each of them; biases are exempt.
+        epochs: Passes over the images.
+        batch_size: Most images per step. An epoch is cut into as few equal batches as that allows;
+            the images that remain, fewer than there are batches, are left out of that epoch.
+        seed: Of the order of the images.
+
+    Returns:
+        Heads whose `grid` runs through `weight_decays` for each of `lrs`.
+
+    Raises:
+        ValueError: If shapes, dtypes or labels are not as above, or a sequence is empty.
+    """
+    _check_features(features, labels, num_classes=num_classes)
+    grid = tuple(itertools.product(lrs, weight_decays))
+    if not grid or epochs < 1 or batch_size < 1:
+        raise ValueError(
+            "train_heads needs at least one learning rate, weight decay, epoch and image per "
+            f"batch, got {list(lrs)}, {list(weight_decays)}, {epochs} and {batch_size}."
+        )
+    num_layers, num_images, width = features.shape
+    mean, scale = _statistics(features)
+
+    # Heads side by side, (L, D, G*C), so that one matrix product per layer serves all of them.
+    weight = features.new_zeros(num_layers, width, len(grid) * num_classes)
+    bias = features.new_zeros(num_layers, 1, len(grid) * num_classes)
+    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
+    lr_per_column, decay_per_column = (
+        features.new_tensor(values).repeat_interleave(num_classes)
+        for values in zip(*grid, strict=True)
+    )
+    one_hot = torch.nn.functional.one_hot(labels, num_classes).to(features.dtype)
+
+    steps_per_epoch = math.ceil(num_images / batch_size)
+    batch_size = num_images // steps_per_epoch
+    total_steps = epochs * steps_per_epoch
+    for step, rows in enumerate(_batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)):
+        rows = rows.to(features.device)
+        x = (features[:, rows] - mean[:, None]) * scale[:, None]
+        logits = torch.baddbmm(bias, x, weight).reshape(*x.shape[:2], len(grid), num_classes)
+        # The gradient of the mean cross-entropy of each head with respect to its logits.
+        errors = (logits.softmax(dim=-1) - one_hot[rows][:, None]).flatten(-2) / batch_size
+        weight_velocity.mul_(MOMENTUM).add_(x.mT @ errors).add_(weight * decay_per_column)
+        bias_velocity.mul_(MOMENTUM).add_(errors.sum(dim=1, keepdim=True))
+        share = learning_rate(step, total_steps=total_steps, warmup_steps=0, peak_lr=1.0)
+        weight.sub_(weight_velocity * (lr_per_column * share))
+        bias.sub_(bias_velocity * (lr_per_column * share))
+
+    return Heads(
+        weight=weight.mT.reshape(num_layers, len(grid), num_classes, width),
+        bias=bias.reshape(num_layers, len(grid), num_classes),
+        mean=mean,
+        scale=scale,
+        grid=grid,
+    )
+
+
+def knn_accuracy(
+    train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, k: int = 20
+) -> float:
+    """Return the top-1 of a vote among the `k` nearest training images by cosine similarity.
+
+    Args:
+        train_features: `(N, D)`, on any device.
+        train_labels: `(N,)`, int64.
+        features: `(M, D)`, of the images to be classified.
+        labels: `(M,)`, their true classes.
+        k: Neighbours that vote, each with the same weight.
+
+    Raises:
+        ValueError: If there are fewer than `k` training images.
+    """
+    if not 1 <= k <= len(train_features):
+        raise ValueError(
+            f"feature_analysis.knn_k must be between 1 and the number of training images, "
+            f"{len(train_features)}, got {k}. Lower it, or raise transfer.labels."
+        )
+    classifier = KNeighborsClassifier(n_neighbors=k, metric="cosine")
+    classifier.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
+    predicted = classifier.predict(features.cpu().numpy())
+    return float(np.mean(predicted == labels.cpu().numpy()))
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share of `correct` out of `total` images.
+
+    It says how far chance in the choice of test images may carry the share; the spread between
+    seeds comes on top.
+
+    Returns:
+        Lower and upper end, fractions in [0, 1].
+
+    Raises:
+        ValueError: If `total` is not positive, or `correct` is not between 0 and `total`.
+
+    References:
+        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if not 0 <= correct <= total or total < 1:
+        raise ValueError(
+            f"wilson_interval needs 0 <= correct <= total and a positive total, got {correct} "
+            f"and {total}."
+        )
+    share = correct / total
+    shrink = 1 + Z_95**2 / total
+    centre = (share + Z_95**2 / (2 * total)) / shrink
+    half = Z_95 / shrink * math.sqrt(share * (1 - share) / total + (Z_95 / (2 * total)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and one over the standard deviation, both `(L, D)`."""
+    variance, mean = torch.var_mean(features, dim=1, correction=0)
+    floor = VARIANCE_FLOOR * variance.mean(dim=1, keepdim=True)
+    return mean, (variance + floor + CONSTANT_LAYER_VARIANCE).rsqrt()
+
+
+def _batches(num_images: int, steps_per_epoch: int, *, epochs: int, seed: int) -> Iterator[Tensor]:
+    batch_size = num_images // steps_per_epoch
+    for epoch in range(epochs):
+        order = torch.from_numpy(epoch_order(num_images, seed, epoch))
+        yield from order[: batch_size * steps_per_epoch].view(steps_per_epoch, batch_size)
+
+
+def _check_features(features: Tensor, labels: Tensor, *, num_classes: int) -> None:
+    if features.ndim != 3 or features.dtype != torch.float32 or not features.numel():
+        raise ValueError(
+            f"Features must be float32 of shape (layers, images, width), none of them 0, "
+            f"got {features.dtype} {tuple(features.shape)}."
+        )
+    if labels.shape != features.shape[1:2] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"Labels must be int64, one for each of the {features.shape[1]} images, "
+            f"got {labels.dtype} {tuple(labels.shape)}."
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"Labels must be in [0, {num_classes}), the classes of the head, got "
+            f"{int(labels.min())} to {int(labels.max())}."
+        )

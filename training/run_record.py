@@ -1,0 +1,125 @@
+"""The record of a pipeline run: `config.yaml`, `run.json` and `results.json`, always complete.
+
+`results.json` is what other programs read; its form is fixed by `schema_version`.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from training.settings import Settings, to_yaml
+from training.store import StageResult, digest_of, write_atomically
+
+SCHEMA_VERSION = 1
+
+PACKAGES = ("torch", "torchvision", "transformers", "datasets", "prefect", "wandb", "numpy")
+
+
+class RunRecord:
+    """The directory `<outputs>/runs/<name>/` of one set of settings.
+
+    The name follows from the settings, so that the same command writes to the same place. After
+    every stage all of it is written again, each file whole.
+    """
+
+    def __init__(self, settings: Settings, outputs: Path) -> None:
+        self.settings = settings
+        self.name = run_name(settings)
+        self.directory = outputs / "runs" / self.name
+        self.stages: dict[str, StageResult] = {}
+        self._started = _now()
+        self.write(state="running")
+
+    def add(self, result: StageResult) -> None:
+        """Record a stage's result; the report is put beside the record."""
+        self.stages[result.stage] = result
+        if result.stage == "report":
+            page = (result.directory / "index.html").read_bytes()
+            write_atomically(self.directory / "report" / "index.html", page)
+        self.write(state="running")
+
+    def write(self, *, state: str) -> None:
+        """Write everything; `state` is running, finished or failed."""
+        write_atomically(self.directory / "config.yaml", to_yaml(self.settings).encode())
+        facts = {
+            "run": self.name,
+            "state": state,
+            "seed": self.settings.seed,
+            "command": ["rotvit", *sys.argv[1:]],
+            "started_at": self._started,
+            "written_at": _now(),
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "hardware": next(
+                (stage.environment for stage in self.stages.values() if stage.environment), {}
+            ),
+        }
+        _write_json(self.directory / "run.json", facts)
+        _write_json(self.directory / "results.json", self.results())
+
+    def results(self) -> dict[str, Any]:
+        """Return the content of `results.json`."""
+        data = self.stages.get("prepare_data")
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "run": self.name,
+            "preset": self.settings.preset,
+            "seed": self.settings.seed,
+            "data": {
+                "pretrain": self.settings.data.source,
+                "transfer": self.settings.transfer_source[0],
+                "fingerprint": data.digest if data else None,
+            },
+            "stages": {name: _row(result) for name, result in self.stages.items()},
+        }
+
+
+def run_name(settings: Settings) -> str:
+    """Return a name that tells preset and seed, and differs where any other setting does."""
+    values = settings.model_dump(mode="json", exclude={"checkpoint", "tracking"})
+    return f"{settings.preset}-seed{settings.seed}-{digest_of(values)[:8]}"
+
+
+def _row(result: StageResult) -> dict[str, Any]:
+    return {
+        "key": result.key,
+        "directory": str(result.directory),
+        "status": result.status,
+        "wall_seconds": round(result.wall_seconds, 3),
+        **result.timing,
+        **result.scores,
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the code, where it runs from a checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")

@@ -1,0 +1,228 @@
+"""How any stage is delivered: found again, resumed, or computed, under one lock.
+
+A stage's module has a function `compute(context) -> StageOutcome`; everything around it is here.
+A module of a long stage ends with `raise SystemExit(runner.main(compute))`, so that
+`python -P -m training.<module> DIRECTORY` runs it in a process of its own.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from training import hardware, progress, store
+from training.errors import USER_ERRORS
+from training.lock import locked
+from training.settings import Settings
+from training.stopping import EXIT_RESUME, Stopped, StopRequest
+from training.store import StageRequest, StageResult
+
+logger = logging.getLogger(__name__)
+
+EXIT_USER_ERROR = 2
+"""Exit status where one of `USER_ERRORS` ended a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOutcome:
+    """What a stage's computation returns.
+
+    Attributes:
+        scores: What was measured. The same on every computation of a key.
+        timing: What was measured and differs each time.
+        made: Files and folders below the stage's directory that make up the result.
+        digest: Identity of what was made, where hashing `made` is not it.
+        wall_seconds_before: Time spent in earlier attempts.
+        resumed_from: Step that this attempt started at; none from the beginning.
+    """
+
+    scores: dict[str, Any]
+    timing: dict[str, float] = field(default_factory=dict)
+    made: Sequence[str] = ()
+    digest: str | None = None
+    wall_seconds_before: float = 0.0
+    resumed_from: int | None = None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage's computation is given."""
+
+    request: StageRequest
+    stop: StopRequest
+
+    @property
+    def settings(self) -> Settings:
+        """All settings of the run; only those that the stage `reads` may change its result."""
+        return self.request.settings
+
+    @property
+    def directory(self) -> Path:
+        """Where the stage writes."""
+        return self.request.directory
+
+    def input(self, role: str) -> Path:
+        """Directory of the stage that fills a role."""
+        return self.request.inputs[role].directory
+
+    def hardware(self) -> hardware.Hardware:
+        """Return what this key computes on, decided by its first attempt."""
+        return hardware.decide_once(
+            self.directory, self.settings.hardware, embed_dim=self.settings.model.embed_dim
+        )
+
+    def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
+        """Report how far the stage is."""
+        progress.report(progress.Progress(self.request.stage, done, total, unit, detail))
+
+
+Compute = Callable[[StageContext], StageOutcome]
+
+
+def run_stage(
+    request: StageRequest, compute: Compute, stop: StopRequest | None = None
+) -> StageResult:
+    """Return a stage's result: the one that is there, or a new one.
+
+    Of two processes that ask for the same key at once, one computes and the other waits.
+
+    Raises:
+        Stopped: If `stop` was requested; the state is saved.
+        Exception: What `compute` raises.
+    """
+    # Not `or`: a request that nobody has made yet is false.
+    stop = StopRequest() if stop is None else stop
+    lock = request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
+    with locked(lock, what=request.stage, give_up=lambda: bool(stop)):
+        verdict = store.inspect(request)
+        if verdict.result:
+            return verdict.result
+        if verdict.stale:
+            _clear(request, verdict)
+        request.directory.mkdir(parents=True, exist_ok=True)
+        store.write_config(request)
+        started = time.monotonic()
+        outcome = compute(StageContext(request, stop))
+        result = _finish(request, outcome, seconds=time.monotonic() - started)
+        if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
+            shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
+        return result
+
+
+def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
+    """Run a stage in this process, from the `config.yaml` in its directory.
+
+    Returns:
+        The exit status: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
+    """
+    parser = argparse.ArgumentParser(description="Run one stage from its directory.")
+    parser.add_argument("directory", type=Path, help="holds the config.yaml of the stage")
+    parser.add_argument("--events", action="store_true", help="write JSON lines for a parent")
+    options = parser.parse_args(arguments)
+    _log_to_stdout(events=options.events)
+    stop = StopRequest()
+    stop.listen()
+    emit = _emit if options.events else lambda **event: None
+    try:
+        with progress.listening(lambda item: emit(progress=astuple(item))):
+            request = store.read_config(options.directory)
+            result = run_stage(request, compute, stop)
+    except (Stopped, InterruptedError) as stopped:
+        logger.info("%s", stopped)
+        return EXIT_RESUME
+    except USER_ERRORS as error:
+        emit(error={"type": type(error).__name__, "message": str(error)})
+        if not options.events:
+            logger.error("%s", error)
+        return EXIT_USER_ERROR
+    except Exception as error:
+        emit(error={"type": type(error).__name__, "message": str(error)})
+        traceback.print_exc()
+        return 1
+    emit(result=result.model_dump(mode="json"))
+    logger.info("%s is %s: %s", result.stage, result.status, result.directory)
+    return 0
+
+
+def _finish(request: StageRequest, outcome: StageOutcome, *, seconds: float) -> StageResult:
+    files = store.record_files(request.directory, list(outcome.made))
+    digest = outcome.digest or store.digest_of(
+        {
+            "scores": outcome.scores,
+            "files": {name: record.sha256 for name, record in files.items()},
+        }
+    )
+    status: Literal["computed", "resumed"] = (
+        "computed" if outcome.resumed_from is None else "resumed"
+    )
+    result = StageResult(
+        stage=request.stage,
+        key=request.key,
+        directory=request.directory,
+        status=status,
+        wall_seconds=outcome.wall_seconds_before + seconds,
+        digest=digest,
+        scores=outcome.scores,
+        timing=outcome.timing,
+        inputs={role: item.digest for role, item in request.inputs.items()},
+        files=files,
+        environment=describe_environment(),
+    )
+    content = result.model_dump_json(indent=1).encode()
+    store.write_atomically(request.directory / "result.json", content)
+    return result
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, hardware and time, for the record."""
+    packages = ("torch", "torchvision", "transformers", "datasets", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        **hardware.describe(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _clear(request: StageRequest, verdict: store.Verdict) -> None:
+    """Take away what a damaged or outdated result left, so that nothing old is built on."""
+    directory = request.directory
+    logger.warning("%s is computed again: %s.", request.stage, verdict.why)
+    if request.stage.startswith("prepare"):
+        (directory / "result.json").unlink(missing_ok=True)  # sound shards are kept
+        return
+    # A sound checkpoint of the same inputs leads to the same bytes in less time.
+    kept = {"hardware.json"}
+    if verdict.stale == "damaged":
+        kept |= {"metrics.jsonl", store.CHECKPOINTS}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _emit(**event: Any) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+class _EventHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _emit(log=[record.levelno, record.name, record.getMessage()])
+
+
+def _log_to_stdout(*, events: bool) -> None:
+    handler: logging.Handler = _EventHandler() if events else logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    for name in ("training", "models", "data"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)

@@ -1,0 +1,411 @@
+"""Every setting of a run, with its unit. Building a `Settings` checks it.
+
+Defaults are those of the mission (ImageNet-1k at 160 px); a preset (`training/presets.py`) names
+what differs. Whatever builds settings (the command line, a YAML file, a deployment, the form in
+Prefect's UI) goes through the same validation.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from training.presets import PRESETS
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot run."""
+
+
+class Section(BaseModel):
+    """Frozen, and a misspelt key is refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSettings(Section):
+    """The Vision Transformer (Dosovitskiy et al. 2021)."""
+
+    image_size: PositiveInt = 160
+    """Side of the square input, in pixels."""
+    patch_size: PositiveInt = 16
+    """Side of a patch, in pixels; must divide `image_size`."""
+    embed_dim: PositiveInt = 512
+    """Width of the tokens; must be a multiple of `num_heads`."""
+    depth: PositiveInt = 8
+    """Number of blocks."""
+    num_heads: PositiveInt = 8
+    """Attention heads per block."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Hidden width of the MLP over `embed_dim`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability after embeddings, attention and MLP."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size must be a multiple of model.patch_size, got "
+                f"{self.image_size} and {self.patch_size}. Try model.image_size="
+                f"{max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
+            )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"model.embed_dim must be a multiple of model.num_heads, got "
+                f"{self.embed_dim} and {self.num_heads}. Try model.embed_dim="
+                f"{max(1, round(self.embed_dim / self.num_heads)) * self.num_heads}."
+            )
+        return self
+
+
+class DataSettings(Section):
+    """Which images to pretrain on and how they are prepared."""
+
+    source: str = "imagenet-1k"
+    """Where images come from: drawn10, imagenette, imagenet-1k, cifar10, hub:<owner>/<name>,
+    folder:<path> or parquet:<glob>."""
+    test_source: str | None = None
+    """Source of the test split; by default the source's own, or `test_fraction` of its images."""
+    crop_margin: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Extra side to store and to crop from at random, as a fraction of `model.image_size`."""
+    val_fraction: Fraction = 0.1
+    """Share of the train split held out for choices (stratified by class where labelled)."""
+    test_fraction: Fraction = 0.1
+    """Share of the images held out as test split where the source has none of its own."""
+    split_seed: int = 0
+    """Seed of the splits and of the labelled subset; the run's `seed` leaves them alone."""
+    max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of unreadable images above which preparation stops with an error."""
+
+
+class RecipeSettings(Section):
+    """What all training stages have in common."""
+
+    epochs: PositiveInt
+    """Passes over the training images."""
+    batch_size: PositiveInt
+    """Source images per optimiser step."""
+    base_lr: PositiveFloat
+    """Peak learning rate for 256 samples per step; the one used is scaled linearly with the
+    samples per step (Goyal et al. 2017)."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled decay (AdamW); biases, norms, position and class token are exempt."""
+    warmup_epochs: NonNegativeFloat
+    """Epochs of linear warm-up, counted within `epochs`; cosine decay follows."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient; none switches clipping off."""
+    flip: bool = True
+    """Mirror images left-right at random, before any rotation."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be smaller than epochs, or the learning rate never reaches "
+                f"its peak; got {self.warmup_epochs:g} and {self.epochs}. "
+                "For a short run set warmup_epochs=0."
+            )
+        return self
+
+
+class PretrainSettings(RecipeSettings):
+    """Rotation prediction (Gidaris et al. 2018)."""
+
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = 256
+    base_lr: PositiveFloat = 1.5e-4
+    warmup_epochs: NonNegativeFloat = 1
+    rotations: Literal["all", "random"] = "all"
+    """All four turns of each image in the same step, or one at random per image."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Rotated images per optimiser step."""
+        return self.batch_size * (4 if self.rotations == "all" else 1)
+
+
+class TransferSettings(Section):
+    """The labelled images that the pretrained backbone is measured on."""
+
+    source: str | None = "imagenette"
+    """Where labelled images come from; none takes `data.source`."""
+    test_source: str | None = None
+    """Source of the test split; none takes the source's own (or `data.test_source`, where
+    `transfer.source` is none)."""
+    labels: PositiveInt | None = None
+    """Labelled training images used, the same ones by every stage; none uses all."""
+
+
+class LinearProbeSettings(Section):
+    """A linear head on the frozen backbone's class token."""
+
+    epochs: PositiveInt = 100
+    """Passes over the frozen features."""
+    batch_size: PositiveInt = 256
+    """Features per step."""
+    lrs: tuple[PositiveFloat, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
+    """Learning rates that are tried; val chooses."""
+    weight_decays: tuple[NonNegativeFloat, ...] = Field((0.0, 1e-4, 1e-3, 1e-2), min_length=1)
+    """Weight decays that are tried; val chooses."""
+
+
+class FinetuneSettings(RecipeSettings):
+    """Head and last blocks, trained from the probed backbone."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 64
+    base_lr: PositiveFloat = 1e-3
+    warmup_epochs: NonNegativeFloat = 3
+    patience: PositiveInt | None = None
+    """Epochs without a better val score after which training stops; none trains them all. The
+    best epoch's weights are kept either way."""
+    start_from: Literal["probe", "previous"] = "probe"
+    """Where finetune_2 starts: from the probed backbone, as finetune_1 does, or from
+    finetune_1's result (as the project that this one redoes did)."""
+
+
+class FromScratchSettings(RecipeSettings):
+    """The same network on the same labels, without pretraining."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 64
+    base_lr: PositiveFloat = 1e-3
+    warmup_epochs: NonNegativeFloat = 3
+    patience: PositiveInt | None = None
+    """Epochs without a better val score after which training stops; none trains them all."""
+
+
+class FeatureAnalysisSettings(Section):
+    """A probe and nearest neighbours on every layer."""
+
+    knn_k: PositiveInt = 20
+    """Neighbours that vote (cosine similarity)."""
+
+
+class CheckpointSettings(Section):
+    """When training saves its state. Cannot change results."""
+
+    every_seconds: PositiveFloat = 300.0
+    """Longest time between two checkpoints, in seconds; each epoch ends with one besides."""
+    every_steps: PositiveInt | None = None
+    """Steps between two checkpoints, in addition to the rule above; none for no such rule."""
+
+
+class HardwareSettings(Section):
+    """What the run may use. Rules decide once per stage key; a resume decides the same."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; auto takes a CUDA device where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of forward and backward passes; weights and optimiser state stay float32. Auto takes
+    bfloat16 where the hardware computes in it and the network is wide enough to profit."""
+    threads: PositiveInt | None = None
+    """CPU threads of the computation; none takes the processors that this process may use."""
+
+
+class TrackingSettings(Section):
+    """Where metrics go besides `metrics.jsonl`. Cannot change results."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; auto is online where a key is found and disabled elsewhere."""
+    wandb_entity: str | None = None
+    """User or team that owns the W&B projects; none takes `WANDB_ENTITY` or the account's own."""
+    log_every_steps: PositiveInt = 20
+    """Steps between two logged losses; each one waits for the device."""
+
+
+class Settings(Section):
+    """Everything that a run depends on."""
+
+    preset: str = "drawn"
+    """Which named set of values the ones given here are laid over."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of weights, order, augmentation and dropout."""
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    transfer: TransferSettings = TransferSettings()
+    linear_probe: LinearProbeSettings = LinearProbeSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    from_scratch: FromScratchSettings = FromScratchSettings()
+    feature_analysis: FeatureAnalysisSettings = FeatureAnalysisSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    hardware: HardwareSettings = HardwareSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, given: Any) -> Any:
+        """Fill in the preset's values where none are given."""
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("preset", "drawn")
+        if name not in PRESETS:
+            raise ValueError(
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}."
+                + _nearest(str(name), PRESETS)
+            )
+        return merge(PRESETS[name].values, given)
+
+    @property
+    def prepared_size(self) -> int:
+        """Side in pixels at which images are stored."""
+        return round(self.model.image_size * (1 + self.data.crop_margin))
+
+    @property
+    def transfer_is_pretrain_data(self) -> bool:
+        """Whether pretraining and transfer read the same prepared images."""
+        return self.transfer_source == (self.data.source, self.data.test_source)
+
+    @property
+    def transfer_source(self) -> tuple[str, str | None]:
+        """Source and test source of the labelled images."""
+        if self.transfer.source is None:
+            return self.data.source, self.transfer.test_source or self.data.test_source
+        return self.transfer.source, self.transfer.test_source
+
+
+def build_settings(
+    preset: str | None = None,
+    *,
+    config: Path | None = None,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+) -> Settings:
+    """Build settings from a preset or a YAML file, then `path.to.setting=value` overrides.
+
+    Args:
+        preset: Name of a preset; `drawn` where neither it nor `config` is given.
+        config: YAML file as `rotvit config` prints it; may leave settings out.
+        overrides: Later ones win. The value is read as YAML, and `none` as YAML's null.
+        seed: Short for an override of `seed`.
+
+    Raises:
+        ConfigError: With one line that names the setting, its value and what must hold.
+    """
+    if preset is not None and config is not None:
+        raise ConfigError(
+            "Give either a preset or a config file, not both; a config names its own."
+        )
+    given: dict[str, Any] = _read_yaml(config) if config else {}
+    if preset is not None:
+        given["preset"] = preset
+    for override in overrides:
+        given = merge(given, _parse_override(override))
+    if seed is not None:
+        given["seed"] = seed
+    return validate(given)
+
+
+def validate(given: Mapping[str, Any]) -> Settings:
+    """Build settings from nested plain values.
+
+    Raises:
+        ConfigError: With one line per wrong setting.
+    """
+    try:
+        return Settings.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(" ".join(_explain(item) for item in error.errors())) from error
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `below` with the values of `above` laid over it, section by section."""
+    merged = dict(below)
+    for name, value in above.items():
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        old = merged.get(name)
+        merged[name] = (
+            merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
+    return merged
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(dotted name, value)` of nested values, in their order."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def setting_names() -> list[str]:
+    """Every setting's dotted name, as `--set` takes it."""
+    return [name for name, _ in flatten(Settings().model_dump())]
+
+
+def to_yaml(settings: Settings) -> str:
+    """Return settings as YAML that `build_settings(config=...)` reads back."""
+    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The config file must be readable, but {path} is not: {error.strerror}. "
+            "`rotvit config --preset drawn > my.yaml` writes one to start from."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The config file must be YAML, but {path} is not: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config file must hold `setting: value` lines, {path} does not.")
+    return values
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(
+            f"--set takes path.to.setting=value, got {override!r}. Example: --set pretrain.epochs=3"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text  # a glob or a path that YAML would read as its own syntax
+    if value == "none":  # as the descriptions of the settings say; YAML's own word is null
+        value = None
+    nested: Any = value
+    for part in reversed(name.strip().split(".")):
+        nested = {part: nested}
+    result: dict[str, Any] = nested
+    return result
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{name} is not a setting.{_nearest(name, setting_names())}"
+    if item["type"] == "value_error":  # raised by a validator here: a whole sentence already
+        message = str(item["ctx"]["error"])
+        section = f"{name}." if name and message.startswith("warmup_epochs") else ""
+        return section + message
+    if item["type"] in {"model_type", "model_attributes_type"}:
+        return f"{name} is a group of settings, not one; got {item['input']!r}."
+    message = item["msg"].removeprefix("Input ").replace("should be", "must be")
+    return f"{name} {message}, got {item['input']!r}."
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    last = name.rpartition(".")[2]
+    # A right name in the wrong section is nearer than a similar one.
+    close = [known for known in names if known.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,162 @@
+"""The stages of a run: what each builds on, which settings it reads, its numerics version.
+
+This table holds no computation and imports no torch, so that keys and states are known in
+milliseconds. What a stage computes is in the module of its name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # pydantic takes longer to import than `rotvit --help` may take
+    from training.settings import Settings
+
+_SPLITS = ("data.val_fraction", "data.test_fraction", "data.split_seed")
+_LABELLED = ("transfer.labels", *_SPLITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage, declared.
+
+    Attributes:
+        name: Stem of its module and files.
+        summary: One line for help texts.
+        reads: Dotted names of the settings, or of whole sections, that can change its result.
+        needs: Given the settings, which stage fills each role that this one builds on.
+        version: Numerics version: raised by hand when the same settings would give another
+            result. A test with golden losses fails when results change and this was not raised.
+        in_child: Whether it runs in a process of its own (long, and wants to be stopped).
+        module: Where it is computed, below `training`; the name itself unless said.
+        directory: Folder below the outputs; the name itself unless said.
+    """
+
+    name: str
+    summary: str
+    reads: tuple[str, ...]
+    needs: Callable[["Settings"], Mapping[str, str]]
+    version: int = 1
+    in_child: bool = False
+    module: str = ""
+    directory: str = ""
+
+
+def transfer_data(settings: "Settings") -> str:
+    """Name of the stage that prepares the labelled images."""
+    return "prepare_data" if settings.transfer_is_pretrain_data else "prepare_transfer_data"
+
+
+def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
+    previous = settings.finetune.start_from == "previous"
+    return {
+        "start": "finetune_1" if previous else "linear_probe",
+        "data": transfer_data(settings),
+    }
+
+
+def _needs_report(settings: "Settings") -> dict[str, str]:
+    names = [name for name in STAGES if name != "report"]
+    if settings.transfer_is_pretrain_data:
+        names.remove("prepare_transfer_data")
+    return {name: name for name in names}
+
+
+_ALL = (
+    Stage(
+        name="prepare_data",
+        summary="Decode, crop and store the images to pretrain on.",
+        reads=(),  # what it depends on is the content of the sources: see store.make_request
+        needs=lambda settings: {},
+    ),
+    Stage(
+        name="prepare_transfer_data",
+        summary="The same for the labelled images, where they come from elsewhere.",
+        reads=(),
+        needs=lambda settings: {},
+        module="prepare_data",
+        directory="prepare_data",
+    ),
+    Stage(
+        name="pretrain",
+        summary="Train the backbone to tell which way up an image is.",
+        reads=("seed", "model", "pretrain", "hardware.precision", *_SPLITS),
+        needs=lambda settings: {"data": "prepare_data"},
+        in_child=True,
+    ),
+    Stage(
+        name="linear_probe",
+        summary="Train a linear head on the frozen backbone, and on a random one as control.",
+        reads=("seed", "linear_probe", *_LABELLED),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+    ),
+    Stage(
+        name="finetune_1",
+        summary="Train the head and the last block, from the probed backbone.",
+        reads=("seed", "finetune", "hardware.precision", *_LABELLED),
+        needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
+        in_child=True,
+        module="finetune",
+    ),
+    Stage(
+        name="finetune_2",
+        summary="Train the head and the last two blocks, from the probed backbone.",
+        reads=("seed", "finetune", "hardware.precision", *_LABELLED),
+        needs=_needs_finetune_2,
+        in_child=True,
+        module="finetune",
+    ),
+    Stage(
+        name="from_scratch",
+        summary="Train the same network on the same labels without pretraining.",
+        reads=("seed", "model", "from_scratch", "hardware.precision", *_LABELLED),
+        needs=lambda settings: {"data": transfer_data(settings)},
+        in_child=True,
+    ),
+    Stage(
+        name="feature_analysis",
+        summary="Probe every layer, from the embedding to the last block.",
+        reads=("seed", "feature_analysis", "linear_probe", *_LABELLED),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+    ),
+    Stage(
+        name="report",
+        summary="Tables and figures of all stages as one page.",
+        reads=("preset", "seed"),
+        needs=_needs_report,
+    ),
+)
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
+"""Every stage by name, in the order in which they run."""
+
+
+def stage_named(name: str) -> Stage:
+    """Look a stage up by its name, written with `-` or `_`.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    stem = name.replace("-", "_")
+    if stem not in STAGES:
+        from training.settings import ConfigError
+
+        known = ", ".join(stage.replace("_", "-") for stage in STAGES)
+        raise ConfigError(f"A stage must be one of {known}; got {name!r}.")
+    return STAGES[stem]
+
+
+def plan(settings: "Settings", until: str | None = None) -> list[Stage]:
+    """Return the stages to run, in order: all of them, or `until` and what it needs.
+
+    Raises:
+        ConfigError: If `until` names no stage.
+    """
+    wanted: set[str] = set()
+
+    def want(name: str) -> None:
+        wanted.add(name)
+        for needed in STAGES[name].needs(settings).values():
+            want(needed)
+
+    want(stage_named(until or "report").name)
+    return [stage for stage in _ALL if stage.name in wanted]

@@ -1,0 +1,63 @@
+"""Being stopped: finish the step, save, leave with the code that means "resume me"."""
+
+import ctypes
+import logging
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+EXIT_RESUME = 75
+"""Exit status of a stage that was stopped and saved: the same command resumes it. (The BSD
+convention's EX_TEMPFAIL: try again later.)"""
+
+INSISTS_WITHIN_SECONDS = 10.0
+"""A second request within this time stops at once."""
+
+PARENT_DIED = signal.SIGHUP
+"""What the kernel sends when the parent dies. Not SIGTERM, so that one stop that reaches both
+parent and child never counts as two."""
+
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class Stopped(Exception):
+    """A stage was asked to stop, and has saved its state."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"Stopped after step {step}; the same command resumes there.")
+        self.step = step
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._asked_at = 0.0
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if sys.platform == "linux":
+            signal.signal(PARENT_DIED, self._on_parent_death)
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(PARENT_DIED))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self and now - self._asked_at < INSISTS_WITHIN_SECONDS:
+            # Nothing is harmed: a checkpoint has its final name only when it is whole.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._asked_at = now
+        self._event.set()
+
+    def _on_parent_death(self, number: int, frame: FrameType | None) -> None:
+        self._event.set()
