@@ -1,0 +1,112 @@
+"""A long stage in a process of its own: its log, its progress, its end.
+
+Prefect raises SIGTERM in the middle of a bytecode and needs the main thread for it; a segmentation
+fault or the kernel's out-of-memory killer must cost one attempt, not the flow. So the stage runs
+in a child, which saves its state when it is told to stop or when its parent dies.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from typing import IO, Any
+
+from training import progress
+from training.errors import ERRORS_BY_NAME
+from training.stages import STAGES
+from training.stopping import EXIT_RESUME
+from training.store import StageRequest, StageResult, write_config
+
+logger = logging.getLogger("training.child")
+
+GRACE_SECONDS = 25
+"""Time for the child's last checkpoint; Prefect's worker kills after 30."""
+
+
+class StageFailedError(RuntimeError):
+    """A stage's process ended without a result."""
+
+
+class StageStoppedError(RuntimeError):
+    """A stage's process was asked to stop, from outside this run; it saved its state."""
+
+
+def run_in_child(request: StageRequest) -> StageResult:
+    """Run a stage in a child process and return its result.
+
+    Raises:
+        StageStoppedError: If the child was stopped by somebody else.
+        StageFailedError: If it crashed or was killed.
+        ValueError: A user's mistake, as the type that the child raised.
+    """
+    request.directory.mkdir(parents=True, exist_ok=True)
+    write_config(request)
+    module = STAGES[request.stage].module or request.stage
+    # -P: a user's own data.py in the current directory must not stand in for ours.
+    command = [sys.executable, "-P", "-m", f"training.{module}", str(request.directory), "--events"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches it through us, once
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # see training/hardware.py
+    ) as child:
+        assert child.stdout is not None
+        try:
+            events = _follow(child.stdout)
+            code = child.wait()
+        except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt, SystemExit
+            _stop(child)
+            raise
+    return _result_of(request, code, events)
+
+
+def _follow(stream: IO[str]) -> dict[str, Any]:
+    """Pass the child's log and progress on as they come; return its last words."""
+    last: dict[str, Any] = {}
+    for line in stream:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            logger.info("%s", line.rstrip())  # a library that writes to the terminal, a traceback
+        elif "log" in event:
+            level, name, message = event["log"]
+            logging.getLogger(name).log(level, "%s", message)
+        elif "progress" in event:
+            progress.report(progress.Progress(*event["progress"]))
+        else:
+            last |= event
+    return last
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.communicate(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:
+    if code == 0 and "result" in events:
+        return StageResult.model_validate(events["result"])
+    if code == EXIT_RESUME:
+        raise StageStoppedError(f"{request.stage} was stopped and has saved its state.")
+    if "error" in events:
+        name, message = events["error"]["type"], events["error"]["message"]
+        if name in ERRORS_BY_NAME:
+            raise ERRORS_BY_NAME[name](message)
+        raise StageFailedError(f"{request.stage} failed with {name}: {message}")
+    if code < 0:
+        cause = signal.Signals(-code).name
+        hint = " (the kernel kills so when memory runs out)" if cause == "SIGKILL" else ""
+        raise StageFailedError(f"The process of {request.stage} was ended by {cause}{hint}.")
+    raise StageFailedError(f"The process of {request.stage} ended with exit status {code}.")

@@ -1,0 +1,80 @@
+"""How a stage becomes a Prefect task: its cache key, its retries, what it does in the end.
+
+Prefect shows the same truth as the outputs folder: its cache key is the stage's key with the
+stage's name in it, and its record lies beside what the stage made, so deleting the one deletes
+the other. Prefect does not look whether the files that a record names are sound; `deliver` does.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from prefect import Task, task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+
+from tasks.child_process import StageStoppedError, run_in_child
+from training import store
+from training.errors import USER_ERRORS
+from training.stages import STAGES
+from training.store import StageRequest, StageResult
+
+StageTask = Task[[StageRequest], StageResult]
+
+RETRIES = 2
+"""Attempts after the first one; each goes on from the newest checkpoint."""
+
+RETRY_DELAY_SECONDS = 5
+
+
+def stage_task(function: Callable[[StageRequest], StageResult]) -> StageTask:
+    """Make a task of a function that runs a stage; a decorator."""
+    decorate = task(
+        name=function.__name__.replace("_", "-"),
+        task_run_name="{request.stage}",
+        cache_key_fn=_cache_key,
+        persist_result=True,
+        result_serializer="json",
+        retries=RETRIES,
+        retry_delay_seconds=RETRY_DELAY_SECONDS,
+        retry_condition_fn=_is_worth_a_retry,
+    )
+    made: StageTask = decorate(function)
+    return made
+
+
+def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
+    """Call a stage's task: *Cached* in Prefect's UI exactly where its result verifies."""
+    verdict = store.inspect(request)
+    result = delivering.with_options(
+        result_storage=request.outputs, refresh_cache=verdict.result is None
+    )(request)
+    return verdict.result or result
+
+
+def compute_here(request: StageRequest) -> StageResult:
+    """Run a short stage in this process. Imports torch only if there is something to compute."""
+    verdict = store.inspect(request)
+    if verdict.result:
+        return verdict.result
+    from training.runner import run_stage
+
+    module = import_module(f"training.{STAGES[request.stage].module or request.stage}")
+    return run_stage(request, module.compute)
+
+
+def compute_in_child(request: StageRequest) -> StageResult:
+    """Run a long stage in a process of its own, if there is something to compute."""
+    verdict = store.inspect(request)
+    return verdict.result or run_in_child(request)
+
+
+def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
+    request: StageRequest = parameters["request"]
+    place = request.directory.relative_to(request.outputs)
+    return f"{place}/prefect-{request.stage}.json"
+
+
+def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, (*USER_ERRORS, StageStoppedError))
