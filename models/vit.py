@@ -42,8 +42,9 @@ def build_vit(
 
     The weights are drawn from a generator of their own in the order of the layers, so they depend
     on `seed` and the sizes alone: not on the global random state, which is left as it was, and,
-    the backbone's, not on the number of classes. The head is zero, so that the first loss is
-    ln `num_labels` whatever the seed.
+    the backbone's, not on the number of classes. The head is small, so that the first loss is
+    close to ln `num_labels`, but not zero: a backbone behind a zero head gets no gradient at first
+    and was seen to lose two epochs on the plateau (EXPERIMENTS.md).
 
     Args:
         image_size: Side of the square input, in pixels; a multiple of `patch_size`.
@@ -185,7 +186,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def replace_head(model: ViTForImageClassification, label_names: Sequence[str]) -> None:
     """Give the model a new head for these classes, in place; the backbone is left alone.
 
-    The head is zero, as in `build_vit`: it needs no seed, and the first loss is ln C.
+    The head is zero: it needs no seed, and the first loss is ln C. It is meant to be set by
+    `set_head`; for training from there the backbone waits for the head (see `build_vit`).
 
     Raises:
         ModelError: If there are fewer than two classes.
@@ -243,8 +245,8 @@ def _initialise(model: ViTForImageClassification, seed: int) -> None:
         elif "layernorm" in name:
             parameter.fill_(1.0)
         else:
+            # The head comes last, so the backbone does not depend on its size.
             parameter.normal_(std=INITIAL_STD, generator=generator)
-    _zero_head(model)
 
 
 @torch.no_grad()

@@ -61,16 +61,21 @@ def test_an_untrained_head_guesses(
     model = make_vit(label_names=[str(label) for label in range(num_classes)])
     labels = torch.arange(7) % num_classes
     loss = nn.functional.cross_entropy(model(pixels(7, rng)).logits, labels)
-    assert loss.item() == pytest.approx(math.log(num_classes), abs=1e-6)
+    assert loss.item() == pytest.approx(math.log(num_classes), abs=0.1)
 
 
-def test_a_zero_head_still_gets_a_gradient(make_vit: MakeVit, rng: torch.Generator) -> None:
+def test_the_whole_backbone_learns_from_the_first_step(
+    make_vit: MakeVit, rng: torch.Generator
+) -> None:
+    """Behind a zero head it would not, and training starts on a plateau."""
     model = make_vit()
     loss = nn.functional.cross_entropy(model(pixels(3, rng)).logits, torch.tensor([0, 1, 1]))
     loss.backward()  # type: ignore[no-untyped-call]
-    assert isinstance(model.classifier, nn.Linear)
-    assert model.classifier.weight.grad is not None
-    assert model.classifier.weight.grad.abs().sum() > 0
+    for name, parameter in model.named_parameters():
+        # A key's bias shifts all logits of a query alike, so its gradient is zero but for rounding.
+        if "k_proj.bias" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
 
 
 def test_weights_depend_on_the_seed_alone(make_vit: MakeVit) -> None:
@@ -81,7 +86,7 @@ def test_weights_depend_on_the_seed_alone(make_vit: MakeVit) -> None:
     other = make_vit(seed=4).state_dict()
     for name, weight in first.items():
         assert torch.equal(weight, again[name]), name
-        drawn = not name.endswith("bias") and "norm" not in name and "classifier" not in name
+        drawn = not name.endswith("bias") and "norm" not in name
         assert torch.equal(weight, other[name]) != drawn, name
 
 

@@ -95,7 +95,7 @@ def test_the_first_loss_is_that_of_guessing_and_the_records_are_complete(
     request = request_of(settings)
     result = run_stage(request, pretrain.compute)
     lines = metric_lines(request)
-    assert lines[0]["train/loss"] == pytest.approx(math.log(4), abs=1e-6)
+    assert lines[0]["train/loss"] == pytest.approx(math.log(4), abs=0.1)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 19))
     assert [line["epoch"] for line in lines if "val/rotation_accuracy" in line] == [1, 2, 3]
     assert result.scores["total"] == 4 * 21, "all four turns of the 21 test images"
