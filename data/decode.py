@@ -10,12 +10,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data.transforms import centre_crop_square, resize
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is opened, judged by content and not by name. Rare decoders have the most holes."""
+
+
+_ORIENTATION = 0x0112
+
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by the value of its EXIF orientation; 1 is upright."""
 
 
 class UndecodableError(ValueError):
@@ -69,11 +83,14 @@ def _open(image: bytes | Path) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also writes the other tags anew, and where one of them is
+    # damaged it raises although the orientation was read well.
     try:
-        return ImageOps.exif_transpose(picture)
+        turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
     except Exception:
         # The pixels are sound; only what was written beside them is not.
-        return picture
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

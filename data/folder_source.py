@@ -1,8 +1,9 @@
 """Images in folders: one folder per class, or no classes at all.
 
-The `datasets` library's imagefolder builder is not used here: it takes any folder called "test",
-"val" or "eval" for a split, even among classes; it reads `[` and `*` in the user's own path as
-patterns; and it resolves all files again after we have listed them for the source's identity.
+The `datasets` library's imagefolder builder is not used here. Tried with version 5.2: it takes
+class folders called "test" or "eval" for splits and drops all the others, it finds nothing in a
+folder whose own path has `[` or `*` in it, and it lists all files once more, which we have listed
+for the source's identity.
 """
 
 import logging

@@ -5,12 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.records import DatasetError, Split
-from data.shards import Shard, Skipped, file_sha256, record_path, write_json
+from data.shards import Shard, Skipped, digest_of, file_sha256, record_path, write_json
 
 FILE_NAME = "manifest.json"
 """Written last: a directory without it is not finished."""
@@ -126,12 +125,6 @@ def read(directory: Path) -> Manifest:
             "the prepare-data stage."
         )
     return manifest
-
-
-def digest_of(content: Any) -> str:
-    """Return the SHA-256 of plain JSON values, as hex digits; the order of keys does not count."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(

@@ -9,7 +9,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from data.shards import (
     Shard,
     Skipped,
     describe,
+    digest_of,
+    file_sha256,
     pixels_path,
     read_shard,
     write_pixels,
@@ -55,7 +57,8 @@ def prepare(
 ) -> Manifest:
     """Decode, crop and shrink every image of `source` into `directory`.
 
-    Whole shards that are there already, from the same source and settings, are kept. Memory does
+    Whole shards that are there already, from the same source and settings, are kept: of an
+    unfinished directory by size and time, of a finished one by SHA-256. Memory does
     not grow with the number of images. Only one preparation may write to a directory at a time.
 
     Args:
@@ -79,13 +82,15 @@ def prepare(
     for leftover in directory.glob(f"*{TEMPORARY}"):
         leftover.unlink()
     settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
-    made_from = manifest.digest_of([source.identity(), settings])
+    made_from = digest_of([source.identity(), settings])
     plan = [
         _Part(split, first, min(SHARD_IMAGES, count - first))
         for split, count in source.counts.items()
         for first in range(0, count, SHARD_IMAGES)
     ]
-    finished = {part: _kept(directory, part, made_from) for part in plan}
+    # Whoever prepares a finished directory again has found something wrong with it.
+    suspect = (directory / manifest.FILE_NAME).exists()
+    finished = {part: _kept(directory, part, made_from, suspect=suspect) for part in plan}
     missing = [part for part in plan if finished[part] is None]
     _check_disk(directory, sum(part.count for part in missing) * _image_bytes(side))
 
@@ -238,13 +243,22 @@ def _label(record: Record, num_classes: int) -> int:
     return record.label
 
 
-def _kept(directory: Path, part: _Part, made_from: str) -> Shard | None:
+def _kept(directory: Path, part: _Part, made_from: str, *, suspect: bool) -> Shard | None:
     """Return the shard of an earlier attempt, if it is whole and made from the same."""
     shard = read_shard(directory, part.name)
     path = pixels_path(directory, part.name)
     if shard is None or shard.made_from != made_from or not path.is_file():
         return None
-    return shard if path.stat().st_size == shard.size else None
+    status = path.stat()
+    if status.st_size != shard.size:
+        return None
+    touched = status.st_mtime_ns != shard.mtime_ns
+    if (suspect or touched) and file_sha256(path) != shard.sha256:
+        return None
+    if touched:
+        shard = replace(shard, mtime_ns=status.st_mtime_ns)
+        write_shard_record(directory, shard)
+    return shard
 
 
 def _image_bytes(side: int) -> int:

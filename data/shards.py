@@ -108,18 +108,27 @@ def describe(
 
 
 def write_shard_record(directory: Path, shard: Shard) -> None:
-    """Write the description of a shard; from now on the shard counts."""
-    write_json(record_path(directory, shard.name), asdict(shard))
+    """Write the description of a shard, with its own digest; from now on the shard counts."""
+    content = asdict(shard)
+    write_json(record_path(directory, shard.name), {**content, "digest": digest_of(content)})
 
 
 def read_shard(directory: Path, name: str) -> Shard | None:
-    """Return the description of a finished shard, or None if there is none that can be read."""
+    """Return the description of a finished shard, or None if there is none or it is damaged."""
     try:
         content = json.loads(record_path(directory, name).read_bytes())
+        if content.pop("digest") != digest_of(content):
+            return None
         skipped = [Skipped(**entry) for entry in content["skipped"]]
         return Shard(**{**content, "skipped": skipped})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def digest_of(content: Any) -> str:
+    """Return the SHA-256 of plain JSON values, as hex digits; the order of keys does not count."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

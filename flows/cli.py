@@ -405,7 +405,7 @@ def _fail(message: str, status: int) -> int:
 
 def _explain(error: Any) -> str:
     """Return what is wrong with the arguments; of the options, name the nearest one only."""
-    if not hasattr(error, "possibilities"):
+    if not hasattr(error, "option_name") or not hasattr(error, "possibilities"):
         return _sentence(error.format_message())
     known = [name for param in error.ctx.command.params for name in param.opts]
     near = difflib.get_close_matches(error.option_name, known, n=1)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
     """
     if name.startswith("prepare"):
         counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
-        skipped = len(row.get("skipped", ()))
+        skipped = row.get("skipped", 0)
         return f"{counts} images" + (f" ({skipped:,} skipped)" if skipped else "")
     if name == "feature_analysis":
         best = max(row["layers"], key=lambda layer: float(layer["top1"]))
@@ -200,7 +200,7 @@ class _BarPerStage:
             expand=True,
             refresh_per_second=4,
         )
-        self._tasks: dict[str, tuple[TaskID, Pace, int]] = {}
+        self._tasks: dict[str, tuple[TaskID, Pace]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> "_BarPerStage":
@@ -213,7 +213,12 @@ class _BarPerStage:
 
     def __call__(self, report: Progress) -> None:
         with self._lock, suppress(OSError):
-            task, pace = self._task_of(report)
+            if report.stage not in self._tasks:
+                task = self._bars.add_task(
+                    stage_title(report.stage), total=report.total, amount="", pace="", detail=""
+                )
+                self._tasks[report.stage] = task, Pace()
+            task, pace = self._tasks[report.stage]
             pace.add(time.monotonic(), report.done)
             self._bars.update(
                 task,
@@ -224,34 +229,20 @@ class _BarPerStage:
                 detail=report.detail,
             )
 
-    def _task_of(self, report: Progress) -> tuple[TaskID, Pace]:
-        known = self._tasks.get(report.stage)
-        if known is not None and known[2] == report.total:
-            return known[:2]
-        if known is None:
-            task = self._bars.add_task(
-                stage_title(report.stage), total=report.total, amount="", pace="", detail=""
-            )
-        else:  # the stage counts something else now
-            task = known[0]
-        self._tasks[report.stage] = (task, Pace(), report.total)
-        return task, self._tasks[report.stage][1]
-
 
 class _LineNowAndThen:
     """Listener that writes a plain line, but not often."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._clock = clock
-        self._paces: dict[tuple[str, int], Pace] = {}
-        self._next = clock() + LINE_EVERY_SECONDS
+        self._paces: dict[str, Pace] = {}
+        self._next = time.monotonic() + LINE_EVERY_SECONDS
         self._lock = threading.Lock()
 
     def __call__(self, report: Progress) -> None:
         with self._lock, suppress(OSError):
-            now = self._clock()
-            pace = self._paces.setdefault((report.stage, report.total), Pace())
+            now = time.monotonic()
+            pace = self._paces.setdefault(report.stage, Pace())
             pace.add(now, report.done)
             if now < self._next:
                 return

@@ -108,17 +108,6 @@ def architecture(config: ViTConfig) -> dict[str, int | float]:
     }
 
 
-def backbone_state(model: ViTForImageClassification) -> dict[str, Tensor]:
-    """Return a copy of all weights except the head's, on the CPU, by their names in `model.vit`.
-
-    A copy: later training does not change it.
-    """
-    return {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in model.vit.state_dict().items()
-    }
-
-
 def _whole(size: object) -> int:
     if not isinstance(size, int):
         raise ModelError(f"The sizes of a model must be whole numbers (square images), got {size}.")

@@ -183,6 +183,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def to_device(model: ViTForImageClassification, device: torch.device) -> ViTForImageClassification:
+    """Move the model's weights, in place, and return it."""
+    nn.Module.to(model, device)  # transformers wraps its own `to` in a way that loses the types
+    return model
+
+
 def replace_head(model: ViTForImageClassification, label_names: Sequence[str]) -> None:
     """Give the model a new head for these classes, in place; the backbone is left alone.
 

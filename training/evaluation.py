@@ -47,15 +47,17 @@ def evaluate(
 
     Raises:
         InterruptedError: If a stop was requested.
-        ValueError: If `batches` is empty.
+        ValueError: If `batches` is empty, or has no labels and `rotations` is off.
     """
     model.eval()
     correct = total = 0
     loss = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        images, labels = (
-            make_rotation_batch(batch.images) if rotations else (batch.images, batch.labels)
-        )
+        images, labels = batch.images, batch.labels
+        if rotations:
+            images, labels = make_rotation_batch(images)
+        if labels is None:
+            raise ValueError("evaluate needs labels, or rotations=True, which makes its own.")
         with hardware.autocast():
             logits = model(images).logits.float()
         loss += functional.cross_entropy(logits, labels, reduction="sum").double().cpu()

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from models.export import load_model
-from models.vit import layer_names
+from models.vit import layer_names, to_device
 from training.features import Features, extract_features
 from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
-from training.pretrain import build_model
+from training.network import build_model, load_start
 from training.probes import knn_accuracy, train_heads
 from training.runner import StageContext, StageOutcome
 
@@ -34,11 +33,11 @@ def compute(context: StageContext) -> StageOutcome:
     """Score every layer of the pretrained backbone, and of a random one as control."""
     hardware = context.hardware()
     images = open_labelled(context.input("data"), context.settings)
-    model = load_model(context.input("start") / "model").to(hardware.torch_device)
+    model = to_device(load_start(context), hardware.torch_device)
     context.progress(0, 2, "backbones", "pretrained")
     found = _score_layers(model, images, context, hardware)
     context.progress(1, 2, "backbones", "random, as control")
-    random_model = build_model(context).to(hardware.torch_device)
+    random_model = to_device(build_model(context), hardware.torch_device)
     control = _score_layers(random_model, images, context, hardware)
     context.progress(2, 2, "backbones")
     layers = [
@@ -93,11 +92,8 @@ def _score_layers(
         seed=settings.seed,
     )
     chosen = heads.choose(pooled(val), val.labels)
-    logits = heads.logits(pooled(test))
-    scores = [
-        int((logits[row, int(chosen[row])].argmax(dim=1) == test.labels).sum()) / len(test.labels)
-        for row in range(len(logits))
-    ]
+    on_test, _ = heads.scores(pooled(test), test.labels)
+    scores = [float(on_test[row, best]) for row, best in enumerate(chosen)]
     layers = len(train.mean)
     return _LayerScores(
         mean=scores[:layers],

@@ -210,16 +210,18 @@ def pretraining_charts(rows: Sequence[Mapping[str, float]]) -> list[Drawing]:
     return charts
 
 
-def transfer_chart(rows_by_name: Mapping[str, Sequence[Mapping[str, float]]]) -> Drawing | None:
-    """Draw top-1 on val over epochs for up to three stages; the last one is the control.
+def transfer_chart(
+    rows_by_name: Mapping[str, Sequence[Mapping[str, float]]], *, control: str
+) -> Drawing | None:
+    """Draw top-1 on val over epochs for up to three stages; none where it was not recorded.
 
     Args:
         rows_by_name: The lines of each one's `metrics.jsonl`, by the name to show.
+        control: Name of the one that the others are compared with.
     """
-    names = list(rows_by_name)
     lines = [
-        _Line(label=name, x=x, y=y, colour=colour, marker=marker, control=name == names[-1])
-        for name, (colour, marker) in zip(names, _STYLES, strict=False)
+        _Line(label=name, x=x, y=y, colour=colour, marker=marker, control=name == control)
+        for name, (colour, marker) in zip(rows_by_name, _STYLES, strict=False)
         for x, y in _columns(rows_by_name[name], "val/top1")
     ]
     if not lines:

@@ -4,10 +4,10 @@ Both start from the probed backbone, so that they compare; `finetune.start_from=
 them instead. The last norm, which stands between the last block and the head, is trained too.
 """
 
-from models.export import load_model
 from models.freezing import train_head_and_last_blocks
 from training import runner
 from training.images import open_labelled
+from training.network import load_start
 from training.runner import StageContext, StageOutcome
 from training.supervised import train_classifier
 
@@ -17,7 +17,7 @@ BLOCKS = {"finetune_1": 1, "finetune_2": 2}
 
 def compute(context: StageContext) -> StageOutcome:
     """Fine-tune the model that the stage starts from."""
-    model = load_model(context.input("start") / "model")
+    model = load_start(context)
     train_head_and_last_blocks(model, BLOCKS[context.request.stage])
     images = open_labelled(context.input("data"), context.settings)
     return train_classifier(context, model, images, context.settings.finetune)

@@ -6,7 +6,7 @@ fresh one look far worse than it is.
 
 from training import runner
 from training.images import open_labelled
-from training.pretrain import build_model
+from training.network import build_model
 from training.runner import StageContext, StageOutcome
 from training.supervised import train_classifier
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from transformers import ViTForImageClassification
 
-from models.export import load_model, save_model
-from models.vit import replace_head, set_head
+from models.export import save_model
+from models.vit import replace_head, set_head, to_device
 from training.features import extract_features
 from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
-from training.pretrain import build_model
+from training.network import build_model, load_start
 from training.probes import Heads, train_heads
 from training.runner import StageContext, StageOutcome
 
@@ -35,11 +35,11 @@ def compute(context: StageContext) -> StageOutcome:
     side = settings.model.image_size
     images = open_labelled(context.input("data"), settings)
 
-    model = load_model(context.input("start") / "model").to(hardware.torch_device)
+    model = to_device(load_start(context), hardware.torch_device)
     context.progress(0, 2, "backbones", "pretrained")
     probe = _probe(model, images, context, hardware)
     context.progress(1, 2, "backbones", "random, as control")
-    random_model = build_model(context).to(hardware.torch_device)
+    random_model = to_device(build_model(context), hardware.torch_device)
     control = _probe(random_model, images, context, hardware)
     context.progress(2, 2, "backbones")
 
@@ -86,13 +86,13 @@ def _probe(
         batch_size=recipe.batch_size,
         seed=context.settings.seed,
     )
-    chosen = int(heads.choose(val.final_cls[None], val.labels)[0])
-    right_on_val = heads.logits(val.final_cls[None])[0, chosen].argmax(dim=1) == val.labels
-    right = heads.logits(test.final_cls[None])[0, chosen].argmax(dim=1) == test.labels
+    chosen = heads.choose(val.final_cls[None], val.labels)[0]
+    on_val, _ = heads.scores(val.final_cls[None], val.labels)
+    on_test, _ = heads.scores(test.final_cls[None], test.labels)
     return _Probe(
         heads=heads,
         chosen=chosen,
-        val_top1=int(right_on_val.sum()) / len(right_on_val),
-        correct=int(right.sum()),
-        total=len(right),
+        val_top1=float(on_val[0, chosen]),
+        correct=round(float(on_test[0, chosen]) * len(test.labels)),
+        total=len(test.labels),
     )

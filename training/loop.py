@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ViTForImageClassification
 
 from data.loaders import Batch
 from data.randomness import derive_seed
@@ -47,13 +48,13 @@ class Task:
         patience: Epochs without a better score after which training stops; none for all.
     """
 
-    model: nn.Module
+    model: ViTForImageClassification
     recipe: RecipeSettings
     steps_per_epoch: int
     samples_per_step: int
     batches: Callable[[int, int], Iterable[Batch]]
-    compute_loss: Callable[[nn.Module, Batch], Tensor]
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    compute_loss: Callable[[ViTForImageClassification, Batch], Tensor]
+    evaluate: Callable[[ViTForImageClassification], dict[str, float]]
     score: str | None = None
     patience: int | None = None
 

@@ -5,7 +5,7 @@ which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728)
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import ViTForImageClassification
 
@@ -14,10 +14,11 @@ from data.randomness import uniform
 from data.rotation import NUM_ROTATIONS, make_rotation_batch, rotate_each
 from data.splits import Subset
 from models.export import save_model
-from models.vit import build_vit
+from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
 from training.images import open_splits
+from training.network import build_model
 from training.runner import StageContext, StageOutcome
 
 ROTATION_NAMES = ("0", "90", "180", "270")
@@ -31,7 +32,7 @@ def compute(context: StageContext) -> StageOutcome:
     device = hardware.torch_device
     side = settings.model.image_size
     splits = open_splits(context.input("data"), settings)
-    model = build_model(context).to(device)
+    model = to_device(build_model(context, ROTATION_NAMES), device)
     batches = Batches(
         splits.train,
         batch_size=recipe.batch_size,
@@ -41,7 +42,7 @@ def compute(context: StageContext) -> StageOutcome:
         device=device,
     )
 
-    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+    def compute_loss(model: ViTForImageClassification, batch: Batch) -> Tensor:
         if recipe.rotations == "all":
             images, turns = make_rotation_batch(batch.images)
         else:
@@ -61,7 +62,7 @@ def compute(context: StageContext) -> StageOutcome:
             rotations=True,
         )
 
-    def evaluate_on_val(model: nn.Module) -> dict[str, float]:
+    def evaluate_on_val(model: ViTForImageClassification) -> dict[str, float]:
         found = score(splits.val)
         return {"val/loss": found.loss, "val/rotation_accuracy": found.accuracy}
 
@@ -96,25 +97,6 @@ def compute(context: StageContext) -> StageOutcome:
         made=["model"],
         wall_seconds_before=state.wall_seconds_before,
         resumed_from=state.resumed_from,
-    )
-
-
-def build_model(
-    context: StageContext, label_names: tuple[str, ...] = ROTATION_NAMES
-) -> ViTForImageClassification:
-    """Build the run's network with a fresh head; its weights depend on the seed alone."""
-    sizes = context.settings.model
-    return build_vit(
-        image_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        embed_dim=sizes.embed_dim,
-        depth=sizes.depth,
-        num_heads=sizes.num_heads,
-        mlp_ratio=sizes.mlp_ratio,
-        dropout=sizes.dropout,
-        num_labels=len(label_names),
-        label_names=label_names,
-        seed=context.settings.seed,
     )
 
 

@@ -22,9 +22,6 @@ from training.store import StageResult, write_atomically
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""
 
-SHOWN_SKIPPED = 20
-"""Skipped files that are listed by name; the rest are counted."""
-
 TITLES = {
     "prepare_data": "Prepare data",
     "prepare_transfer_data": "Prepare transfer data",
@@ -122,7 +119,8 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
                 TITLES[name]: _metrics(results[name])
                 for name in _TRAINED_ON_LABELS
                 if name in results
-            }
+            },
+            control=TITLES["from_scratch"],
         ),
         layers=layers,
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
@@ -186,10 +184,10 @@ def _class_chance(results: Mapping[str, StageResult]) -> float | None:
 def _summary(results: Mapping[str, StageResult]) -> Iterator[str]:
     """Say in sentences what the tables say in numbers."""
     if "pretrain" in results:
+        score = results["pretrain"].scores["rotation_accuracy"]
         yield (
-            "Without any label, the network learned to tell which way up an image is: it is right "
-            f"for {results['pretrain'].scores['rotation_accuracy']:.0%} of the test images, where "
-            "guessing gives 25%."
+            "Trained without any label to tell which way up an image is, the network is right for "
+            f"{score:.0%} of the turned test images; guessing gives 25%."
         )
     if "linear_probe" in results:
         probe = results["linear_probe"].scores
@@ -223,8 +221,8 @@ def _prepared(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
             "counts": scores.get("counts", {}),
             "classes": scores.get("classes", []),
             "fingerprint": scores.get("fingerprint", result.digest),
-            "skipped": scores.get("skipped", [])[:SHOWN_SKIPPED],
-            "skipped_count": len(scores.get("skipped", [])),
+            "skipped": scores.get("skipped", 0),
+            "skipped_examples": scores.get("skipped_examples", []),
         }
 
 
@@ -233,7 +231,12 @@ def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]
     # page could show others than were used.
     values = settings.model_dump(
         mode="json",
-        exclude={"checkpoint": True, "tracking": True, "hardware": {"device", "threads"}},
+        exclude={
+            "data": {"max_skipped"},
+            "checkpoint": True,
+            "tracking": True,
+            "hardware": {"device", "threads"},
+        },
     )
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, value in flatten(values):

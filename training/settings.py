@@ -57,13 +57,13 @@ class ModelSettings(Section):
             raise ValueError(
                 f"model.image_size must be a multiple of model.patch_size, got "
                 f"{self.image_size} and {self.patch_size}. Try model.image_size="
-                f"{max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
+                f"{_nearest_multiple(self.image_size, self.patch_size)}."
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"model.embed_dim must be a multiple of model.num_heads, got "
                 f"{self.embed_dim} and {self.num_heads}. Try model.embed_dim="
-                f"{max(1, round(self.embed_dim / self.num_heads)) * self.num_heads}."
+                f"{_nearest_multiple(self.embed_dim, self.num_heads)}."
             )
         return self
 
@@ -153,7 +153,7 @@ class LinearProbeSettings(Section):
     """Passes over the frozen features."""
     batch_size: PositiveInt = 256
     """Features per step."""
-    lrs: tuple[PositiveFloat, ...] = Field((0.003, 0.01, 0.03, 0.1, 0.3), min_length=1)
+    lrs: tuple[PositiveFloat, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
     """Learning rates that are tried; val chooses."""
     weight_decays: tuple[NonNegativeFloat, ...] = Field((0.0, 1e-4, 1e-3, 1e-2), min_length=1)
     """Weight decays that are tried; val chooses."""
@@ -250,7 +250,7 @@ class Settings(Section):
         if not isinstance(given, Mapping):
             return given
         name = given.get("preset", "drawn")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(
                 f"preset must be one of {', '.join(PRESETS)}, got {name!r}."
                 + _nearest(str(name), PRESETS)
@@ -360,7 +360,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"The config file must be readable, but {path} is not: {error.strerror}. "
             "`rotvit config --preset drawn > my.yaml` writes one to start from."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30, bytes that are no text
         raise ConfigError(
             f"The config file must be YAML, but {path} is not: {' '.join(str(error).split())}"
         ) from error
@@ -377,8 +377,10 @@ def _parse_override(override: str) -> dict[str, Any]:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text  # a glob or a path that YAML would read as its own syntax
+    if isinstance(value, str | dict) and not text.lstrip().startswith(("'", '"', "{")):
+        value = text.strip()  # YAML would end a path at ` #` and split it at `: `
     if value == "none":  # as the descriptions of the settings say; YAML's own word is null
         value = None
     nested: Any = value
@@ -398,8 +400,12 @@ def _explain(item: Any) -> str:
         return section + message
     if item["type"] in {"model_type", "model_attributes_type"}:
         return f"{name} is a group of settings, not one; got {item['input']!r}."
-    message = item["msg"].removeprefix("Input ").replace("should be", "must be")
+    message = item["msg"].removeprefix("Input ").replace("should ", "must ")
     return f"{name} {message}, got {item['input']!r}."
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(1, (value + of // 2) // of) * of
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -1,12 +1,13 @@
 """Training a classifier on labelled images: fine-tuning and the from-scratch baseline."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import ViTForImageClassification
 
 from data.loaders import Batch, Batches, eval_batches
 from data.splits import Subset
 from models.export import save_model
+from models.vit import to_device
 from training import loop
 from training.evaluation import Score, evaluate
 from training.images import LabelledImages
@@ -30,7 +31,7 @@ def train_classifier(
     """
     settings, hardware = context.settings, context.hardware()
     device, side = hardware.torch_device, settings.model.image_size
-    model.to(device)
+    to_device(model, device)
     batches = Batches(
         images.train,
         batch_size=recipe.batch_size,
@@ -40,7 +41,7 @@ def train_classifier(
         device=device,
     )
 
-    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+    def compute_loss(model: ViTForImageClassification, batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
         with hardware.autocast():
             logits = model(batch.images).logits
@@ -54,7 +55,7 @@ def train_classifier(
             stop=context.stop,
         )
 
-    def evaluate_on_val(model: nn.Module) -> dict[str, float]:
+    def evaluate_on_val(model: ViTForImageClassification) -> dict[str, float]:
         found = score(images.val)
         return {"val/loss": found.loss, "val/top1": found.accuracy}
 

@@ -21,7 +21,8 @@ from data.splits import Subset
 
 CHANCE = 0.25
 TOLERANCE = 0.03
-"""3.7 standard errors at 700 test images: sqrt(0.25 * 0.75 / (4 * 700)) = 0.0082."""
+"""3.1 standard errors at 2,000 test images: sqrt(0.25 * 0.75 / 2000) = 0.0097. The four turns of an
+image count as one, because a classifier that treats them alike is right or wrong on all of them."""
 
 Rotated = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -37,21 +38,20 @@ def rotated(batches: list[Batch]) -> Rotated:
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 
-def accuracy_after_the_data_path(directory: Path, seed: int) -> float:
+def accuracy_after_the_data_path(directory: Path, seed: int = 0) -> float:
     """Noise files through preparation, training and test batches, and the rotation."""
-    source = NoiseSource(train=700, test=700, long_side_px=60, seed=seed)
+    source = NoiseSource(train=1000, test=2000, long_side_px=60, seed=seed)
     prepare(source, directory, side=36, report=lambda done, total: None, workers=2)
     prepared = PreparedData.open(directory)
     cpu = torch.device("cpu")
-    train = Batches(whole(prepared.train), batch_size=70, side=32, flip=True, seed=0, device=cpu)
+    train = Batches(whole(prepared.train), batch_size=100, side=32, flip=True, seed=0, device=cpu)
     test = eval_batches(whole(prepared.test), batch_size=99, side=32, device=cpu)
     return probe_rotation(rotated(list(train.epoch(0))), rotated(list(test)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_noise_comes_through_without_a_mark(tmp_path: Path, seed: int) -> None:
-    assert accuracy_after_the_data_path(tmp_path, seed) == pytest.approx(CHANCE, abs=TOLERANCE)
+def test_noise_comes_through_without_a_mark(tmp_path: Path) -> None:
+    assert accuracy_after_the_data_path(tmp_path) == pytest.approx(CHANCE, abs=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_squashing_instead_of_cropping_leaves_a_mark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.decode.centre_crop_square", lambda image: image)
-    assert accuracy_after_the_data_path(tmp_path, seed=0) > CHANCE + TOLERANCE
+    assert accuracy_after_the_data_path(tmp_path) > CHANCE + TOLERANCE
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_jpeg_at_the_final_size_leaves_a_mark(
         return np.asarray(Image.open(file))
 
     monkeypatch.setattr("data.decoding_pool.decode_square", decode_through_jpeg)
-    assert accuracy_after_the_data_path(tmp_path, seed=0) > CHANCE + TOLERANCE
+    assert accuracy_after_the_data_path(tmp_path) > CHANCE + TOLERANCE
 
 
 @pytest.mark.slow
@@ -83,5 +83,5 @@ def test_drawings_without_their_objects_show_no_up() -> None:
         turned, labels = make_rotation_batch(batch)
         return turned.numpy(), labels.numpy()
 
-    train, test = images("train", 1500), images("test", 1500)
+    train, test = images("train", 1000), images("test", 2000)
     assert probe_rotation(train, test) == pytest.approx(CHANCE, abs=TOLERANCE)

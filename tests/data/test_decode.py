@@ -1,4 +1,5 @@
 import io
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", list(UPRIGHT))
 def test_the_orientation_of_the_camera_is_applied(
     quarters: Image.Image, orientation: int, kind: str
@@ -78,21 +79,35 @@ def test_an_orientation_that_does_not_exist_is_ignored(
     assert corners(decode_square(encode(quarters, "JPEG", exif=exif), 8)) == list("rgbw")
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize(
     "exif",
     [b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01"],
     ids=["offset", "nonsense", "cut"],
 )
-def test_damaged_exif_does_not_cost_the_image(quarters: Image.Image, exif: bytes) -> None:
-    assert corners(decode_square(encode(quarters, "JPEG", exif=exif), 8)) == list("rgbw")
+def test_damaged_exif_does_not_cost_the_image(
+    quarters: Image.Image, exif: bytes, kind: str
+) -> None:
+    assert corners(decode_square(encode(quarters, kind, exif=exif), 8)) == list("rgbw")
 
 
-def test_a_turned_panorama_is_cropped_after_it_was_set_upright() -> None:
-    panorama = Image.new("RGB", (48, 16), "black")
-    panorama.paste("white", (16, 0, 32, 16))
+def test_an_orientation_beside_a_damaged_tag_is_applied(quarters: Image.Image) -> None:
+    tags = [(ORIENTATION, 3, 1, b"\x06\0\0\0"), (0x011A, 2, 4, b"abc\0")]  # resolution as text
+    entries = b"".join(struct.pack("<HHI4s", *tag) for tag in tags)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    image = decode_square(encode(quarters, "JPEG", exif=exif), side=8)
+    assert "".join(corners(image)) == UPRIGHT[6]
+
+
+def test_a_turned_photo_is_cropped_after_it_was_set_upright() -> None:
+    # The margins are odd: the middle of the lying photo would be another one.
+    noise = np.random.default_rng(0).integers(0, 256, (12, 7, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    assert decode_square(encode(panorama, "PNG", exif=exif), 5).min() == 255
+    exif[ORIENTATION] = 8  # to be shown turned counter-clockwise
+    lying = Image.fromarray(np.rot90(noise, -1).copy())
+    upright = decode_square(Image.fromarray(noise), 7)
+    assert np.array_equal(upright, noise[2:9])
+    assert np.array_equal(decode_square(encode(lying, "PNG", exif=exif), 7), upright)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "YCbCr", "1", "I;16"])

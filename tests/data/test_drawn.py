@@ -65,16 +65,20 @@ def test_every_picture_shows_a_large_whole_object() -> None:
 
 
 def test_places_sizes_and_mirror_images_vary() -> None:
-    centres = []
+    centres, margins = [], []
     for index in range(2, 400, 10):  # cars, whose ends differ
         shown = (pixels(index) != pixels(index, objects=False)).any(axis=-1)
         rows, columns = np.nonzero(shown)
+        left, right = columns.min(), 63 - columns.max()
+        above, below = rows.min(), 63 - rows.max()
+        margins.append([left / (left + right + 1), above / (above + below + 1)])
         upper = columns[rows < rows.min() + (rows.max() - rows.min()) / 4]  # the roof
         middle = (columns.min() + columns.max()) / 2
         centres.append([rows.mean(), columns.mean(), upper.mean() - middle])
     spread = np.std(centres, axis=0)
     assert spread[0] > 2
     assert spread[1] > 2
+    assert (np.ptp(margins, axis=0) > 0.5).all()
     left_facing = np.mean(np.asarray(centres)[:, 2] > 0)
     assert 0.2 < left_facing < 0.8
 

@@ -121,6 +121,48 @@ def test_a_shard_of_the_wrong_size_is_written_again(source: Any, tmp_path: Path)
     assert verify(tmp_path, full=True) is None
 
 
+@pytest.mark.parametrize(("finished", "keep_time"), [(True, True), (True, False), (False, False)])
+def test_a_damaged_part_is_written_again(
+    source: Any, tmp_path: Path, finished: bool, keep_time: bool
+) -> None:
+    whole = run(source, tmp_path)
+    before = contents(tmp_path)
+    path = tmp_path / "train-00001.npy"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    if keep_time:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if not finished:
+        (tmp_path / "manifest.json").unlink()
+    source.read.clear()
+    assert run(source, tmp_path).fingerprint == whole.fingerprint
+    assert source.read == [("train", number) for number in range(4, 8)]
+    assert contents(tmp_path) == before
+    assert verify(tmp_path, full=True) is None
+
+
+def test_damaged_labels_are_written_again(source: Any, tmp_path: Path) -> None:
+    whole = run(source, tmp_path)
+    path = tmp_path / "train-00000.json"
+    path.write_text(path.read_text().replace('"labels": [0, 1', '"labels": [1, 1'))
+    assert verify(tmp_path, full=False) is not None
+    assert run(source, tmp_path).fingerprint == whole.fingerprint
+    assert verify(tmp_path, full=False) is None
+
+
+def test_copies_without_their_times_are_kept_once_their_content_is_checked(
+    source: Any, tmp_path: Path
+) -> None:
+    whole = run(source, tmp_path)
+    for path in tmp_path.glob("*.npy"):
+        path.touch()
+    assert verify(tmp_path, full=False) is not None
+    source.read.clear()
+    assert run(source, tmp_path).fingerprint == whole.fingerprint
+    assert source.read == []
+    assert verify(tmp_path, full=False) is None
+
+
 @pytest.mark.parametrize("change", ["source", "side"])
 def test_nothing_is_kept_of_another_source_or_size(
     list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path, change: str
@@ -165,6 +207,27 @@ def test_too_many_unreadable_images_stop_the_work_early_and_are_listed(
     assert "train/1: not an image" in str(error.value)
     assert "data.max_skipped" in str(error.value)
     assert len(source.read) < 20
+
+
+def test_unreadable_images_of_kept_parts_count_too(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    images: list[Any] = noise_images(8, 6, 6)
+    images[0] = images[7] = b""
+    source = list_source(images)
+    with pytest.raises(DatasetError, match=r"At most 12\.5% of the 8 images .* 2 are"):
+        run(source, tmp_path, max_skipped=0.125)
+    source.read.clear()
+    with pytest.raises(DatasetError, match=r"At most 12\.5% of the 8 images .* 2 are"):
+        run(source, tmp_path, max_skipped=0.125)
+    assert source.read[0] == ("train", 4), "the first part was kept"
+
+
+def test_what_a_cut_off_attempt_left_behind_is_removed(source: Any, tmp_path: Path) -> None:
+    leftover = tmp_path / "train-00099.npy.tmp"
+    leftover.write_bytes(bytes(1000))
+    run(source, tmp_path)
+    assert not leftover.exists()
 
 
 def test_at_most_ten_unreadable_images_are_listed(list_source: MakeSource, tmp_path: Path) -> None:
@@ -241,6 +304,8 @@ def test_the_fingerprint_tells_every_kind_of_change(
     changed = [image.copy() for image in images]
     changed[5][4, 4, 2] ^= 1
     labels: dict[Split, list[int]] = {"train": [0, 1, 0, 1, 0, 1]}
+    two: dict[str, Any] = {"labels": labels | {"test": [1]}, "class_names": ["a", "b"]}
+    flipped = labels | {"test": [0]}
     variants = {
         "original": list_source(images, labels=labels, class_names=["a", "b"]),
         "pixel": list_source(changed, labels=labels, class_names=["a", "b"]),
@@ -249,9 +314,9 @@ def test_the_fingerprint_tells_every_kind_of_change(
         "no labels": list_source(images),
         "order": list_source(images[::-1], labels=labels, class_names=["a", "b"]),
         "fewer": list_source(images[:5], labels=labels, class_names=["a", "b"]),
-        "test": list_source(
-            images[:4], images[4:], labels=labels | {"test": [0, 1]}, class_names=["a", "b"]
-        ),
+        "test": list_source(images[:5], images[5:], **two),
+        "test pixel": list_source(images[:5], changed[5:], **two),
+        "test label": list_source(images[:5], images[5:], **two | {"labels": flipped}),
     }
     found = {key: run(s, tmp_path / key).fingerprint for key, s in variants.items()}
     assert len(set(found.values())) == len(found)
@@ -287,8 +352,12 @@ def test_odd_files_do_not_depend_on_the_users_warning_filters(
 
 def test_torch_gets_its_threads_back(source: Any, tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    run(source, tmp_path)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        run(source, tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 KILLED = """

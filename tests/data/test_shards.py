@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data.shards import describe, read_shard, write_json, write_pixels, write_shard_record
+from data.shards import (
+    describe,
+    digest_of,
+    read_shard,
+    write_json,
+    write_pixels,
+    write_shard_record,
+)
 
 Images = list[NDArray[np.uint8]]
 
@@ -58,3 +65,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         write_json(path, {"side": object()})
     assert path.read_text() == '{"side": 1}'
+
+
+def test_digests_follow_values_and_not_the_order_of_keys() -> None:
+    assert digest_of({"a": 1, "b": [2, None]}) == digest_of({"b": [2, None], "a": 1})
+    different = [{"a": 1}, {"a": "1"}, {"a": [1]}, {"b": 1}, ["a", 1], None, {}]
+    assert len({digest_of(content) for content in different}) == len(different)

@@ -1,7 +1,6 @@
 """The whole flow on a few drawn images, against Prefect's own temporary server."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ STAGE_NAMES = [name for name in STAGES if name != "prepare_transfer_data"]
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for all tests here: each builds on what the ones before it made."""
     return tmp_path_factory.mktemp("outputs")
 

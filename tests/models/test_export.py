@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, ViTForImageClassification, ViTImage
 from data.decode import decode_square
 from data.transforms import normalise
 from models.errors import ModelError
-from models.export import architecture, backbone_state, load_model, save_model
+from models.export import architecture, load_model, save_model
 from models.vit import set_head
 
 MakeVit = Callable[..., ViTForImageClassification]
@@ -248,14 +248,3 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_written(
             make_vit(), tmp_path / "model", image_size=image_size, prepared_size=prepared_size
         )
     assert not (tmp_path / "model").exists()
-
-
-def test_backbone_state_is_a_copy_without_the_head(make_vit: MakeVit) -> None:
-    model = make_vit()
-    state = backbone_state(model)
-    assert set(state) == set(model.vit.state_dict())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    for name, weight in make_vit().vit.state_dict().items():
-        assert torch.equal(state[name], weight), name

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from models.export import load_model
 from training import pretrain, store
 from training.errors import CheckpointError, DivergedError
+from training.network import build_model
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
@@ -61,11 +62,11 @@ def test_stopped_anywhere_and_resumed_ends_in_the_same_bytes(
 
     cut = request_of(tiny_settings, "cut")
     stops = 0
-    while True:
+    result = None
+    while result is None:
         try:
             # Within an epoch, at its end, during an evaluation: wherever the count runs out.
             result = run_stage(cut, pretrain.compute, StopAfter(5))
-            break
         except (Stopped, InterruptedError):  # the latter from the last look at the test images
             stops += 1
             assert store.inspect(cut).state == "partial"
@@ -180,8 +181,8 @@ def test_the_random_start_is_the_from_scratch_start(
     """Both begin with the same backbone, so that only the pretraining tells them apart."""
     request = request_of(tiny_settings)
     context = StageContext(request, StopRequest())
-    first = pretrain.build_model(context)
-    second = pretrain.build_model(context, ("a", "b", "c"))
+    first = build_model(context)
+    second = build_model(context, ("a", "b", "c"))
     for name, weight in first.vit.state_dict().items():
         assert torch.equal(weight, second.vit.state_dict()[name]), name
 

@@ -10,10 +10,11 @@ import torch
 
 from data.loaders import eval_batches
 from models.export import load_model
-from training import finetune, from_scratch, linear_probe, store
+from training import finetune, linear_probe, store
 from training.evaluation import evaluate
 from training.hardware import Hardware
 from training.images import open_labelled
+from training.network import build_model
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
@@ -180,7 +181,7 @@ def test_from_scratch_trains_everything_and_needs_no_pretraining(
     assert set(results) == {"prepare_data", "from_scratch"}
     result = results["from_scratch"]
     context = StageContext(store.read_config(result.directory), StopRequest())
-    fresh = from_scratch.build_model(context, ("a", "b", "c")).state_dict()
+    fresh = build_model(context, ("a", "b", "c")).state_dict()
     moved = changed(fresh, weights(result.directory))
     assert moved == {"embeddings", "layers.0", "layers.1", "layernorm", "classifier"}
     found = accuracy_on_test(result, tiny_settings, results["prepare_data"].directory)
@@ -219,7 +220,7 @@ def test_the_probe_scores_the_random_backbone_too(
     request = store.read_config(pretrained["linear_probe"].directory)
     context = StageContext(request, StopRequest())
     images = open_labelled(pretrained["prepare_data"].directory, tiny_settings)
-    random_model = linear_probe.build_model(context)
+    random_model = build_model(context)
     control = linear_probe._probe(random_model, images, context, CPU)
     scores = pretrained["linear_probe"].scores
     assert scores["random_backbone_top1"] == pytest.approx(control.correct / control.total)
