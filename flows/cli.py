@@ -27,12 +27,14 @@ STOPPED = "Stopped. The same command resumes."
 PREFECT_DEFAULTS = {
     # As in pyproject.toml, which Prefect reads in the project's own directory only.
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",  # the same for Prefect's client, which prints a notice otherwise
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "training,models,data",
     # Its console lines and tracebacks; they are in the log file.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
+    "OMP_WAIT_POLICY": "PASSIVE",  # not Prefect's: see training/hardware.py
 }
 """Environment of a run, where the user has not set it otherwise."""
 
@@ -275,13 +277,34 @@ def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Seq
     from training import preflight
 
     preflight.check(settings, outputs, until)
+    results = None
+    if not again and not _server_is_configured():
+        # Nobody would see that flow run, and starting a server takes longer than all the rest.
+        from training.run_record import record_if_all_cached
+
+        results = record_if_all_cached(settings, outputs, until)
+    if results is None:
+        results = _compute(settings, outputs, until=until, refresh=again)
+    from rich.console import Console
+
+    from flows import display
+
+    console = Console()
+    console.print(display.closing_table(results))
+    for word, path in display.closing_paths(results, outputs):
+        console.print(f"{word:<9}{path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _compute(
+    settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]
+) -> dict[str, Any]:
     from rich.console import Console
 
     from flows import display
 
     with display.shown(Console(stderr=True)), _signals_raised():
         try:
-            results = start_flow(settings, outputs, until, again)
+            return start_flow(settings, outputs, until, refresh)
         except Exception as error:
             if _is_user_error(error):
                 raise
@@ -289,10 +312,18 @@ def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Seq
                 f"The run failed: {type(error).__name__}: {_sentence(str(error))} "
                 f"Log: {_log_path(settings, outputs)}. The same command resumes."
             ) from error
-    console = Console()
-    console.print(display.closing_table(results))
-    for word, path in display.closing_paths(results, outputs):
-        console.print(f"{word:<9}{path}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _server_is_configured() -> bool:
+    """Whether Prefect has a server that outlives the run, as its profiles say without it."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    profiles = Path(os.environ.get("PREFECT_PROFILES_PATH", home / "profiles.toml"))
+    try:
+        return "PREFECT_API_URL" in profiles.read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:

@@ -342,7 +342,7 @@ def _draw(figure: Figure, *, name: str, alt: str, caption: str) -> Drawing:
     stream = io.StringIO()
     # The salt makes the ids, which are random otherwise, a function of the content.
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        figure.savefig(stream, format="svg")
     root = ElementTree.fromstring(stream.getvalue())
     parents = {child: parent for parent in root.iter() for child in parent}
     for element in list(root.iter()):

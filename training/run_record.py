@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from training import store
 from training.settings import Settings, to_yaml
+from training.stages import plan
 from training.store import StageResult, digest_of, write_atomically
 
 SCHEMA_VERSION = 1
@@ -79,6 +81,28 @@ class RunRecord:
             },
             "stages": {name: _row(result) for name, result in self.stages.items()},
         }
+
+
+def record_if_all_cached(
+    settings: Settings, outputs: Path, until: str | None = None
+) -> dict[str, Any] | None:
+    """Record a run that has nothing to compute.
+
+    Returns:
+        The content of `results.json`; None, with nothing written, if a stage is not cached.
+    """
+    results: dict[str, StageResult] = {}
+    for stage in plan(settings, until):
+        request = store.make_request(stage, settings, outputs, results)
+        found = store.inspect(request).result
+        if found is None:
+            return None
+        results[stage.name] = found
+    record = RunRecord(settings, outputs)
+    for result in results.values():
+        record.add(result)
+    record.write(state="finished")
+    return record.results()
 
 
 def run_name(settings: Settings) -> str:

@@ -304,13 +304,15 @@ def test_the_page_is_made_for_dark_screens_phones_and_paper(html: str) -> None:
     assert names["viewport"] == "width=device-width, initial-scale=1"
     assert names["color-scheme"] == "light dark"
     # The colours that figures leave to the page, in every scheme.
-    used = set(re.findall(r"var\((--\w+)\)", html))
-    for scheme in re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)[1:]:
-        assert {"--ink", "--faint", "--rule", "--paper", "--accent"} <= set(
-            re.findall(r"--\w+(?=:)", scheme)
-        )
-    assert {"--ink", "--faint", "--rule", "--paper", "--accent"} <= used
-    assert f"--accent: {BLUE}" in html
+    light, dark, paper = re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
+    left = set(
+        re.findall(r"var\((--\w+)\)", "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL)))
+    )
+    assert left == {"--ink", "--faint", "--rule", "--paper", "--accent"}
+    for scheme in (light, dark, paper):
+        assert left <= set(re.findall(r"--\w+(?=:)", scheme))
+    assert f"--accent: {BLUE};" in light
+    assert f"--accent: {BLUE};" in paper
 
 
 @pytest.mark.parametrize("missing", SCORES)
