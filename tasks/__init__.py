@@ -1,1 +1,1 @@
-"""Stages as Prefect tasks: cache key, retries, GPU slot, progress, the child process."""
+"""Stages as Prefect tasks: cache key, retries, the child process."""

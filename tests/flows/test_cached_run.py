@@ -1,0 +1,84 @@
+"""A run that has nothing to compute, from the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import cli
+from training.settings import Settings, to_yaml
+from training.store import StageResult
+
+RunStages = Callable[..., dict[str, StageResult]]
+
+
+@pytest.fixture
+def arguments(run_stages: RunStages, tiny_settings: Settings, tmp_path: Path) -> list[str]:
+    """The command line of a run whose stages have all been computed."""
+    run_stages(tiny_settings, tmp_path / "outputs", "report")
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_settings))
+    return ["run", "--config", str(tmp_path / "tiny.yaml"), "--outputs", str(tmp_path / "outputs")]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of the function that starts Prefect; they end there."""
+    calls: list[Any] = []
+
+    def start_flow(*given: Any) -> dict[str, Any]:
+        calls.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "start_flow", start_flow)
+    return calls
+
+
+def test_it_starts_no_server_and_is_recorded(
+    arguments: list[str],
+    started: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(arguments) == 0
+    assert started == []
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    stages = json.loads((run / "results.json").read_bytes())["stages"]
+    assert {stage["status"] for stage in stages.values()} == {"cached"}
+    assert len(stages) == 8
+    assert json.loads((run / "run.json").read_bytes())["state"] == "finished"
+    assert (run / "report" / "index.html").is_file()
+    assert capsys.readouterr().out.count("cached") == 8
+
+
+def test_a_server_of_the_users_own_sees_it(
+    arguments: list[str],
+    started: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    cli.main(arguments)
+    assert len(started) == 1
+    monkeypatch.delenv("PREFECT_API_URL")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    (tmp_path / "profiles.toml").write_text('[profiles.p]\nPREFECT_API_URL = "http://x/api"\n')
+    cli.main(arguments)
+    assert len(started) == 2
+
+
+def test_one_stage_that_is_not_cached_is_enough_to_start(
+    arguments: list[str], started: list[Any], tmp_path: Path
+) -> None:
+    (result,) = (tmp_path / "outputs" / "finetune_1").glob("*/result.json")
+    result.unlink()
+    assert cli.main(arguments) == cli.EXIT_INTERRUPTED
+    assert len(started) == 1
+
+
+def test_a_stage_that_is_to_be_refreshed_is_computed(
+    arguments: list[str], started: list[Any]
+) -> None:
+    cli.main([*arguments, "--refresh", "linear-probe"])
+    assert len(started) == 1
