@@ -11,6 +11,8 @@ from typing import Any
 os.environ["PREFECT_HOME"] = tempfile.mkdtemp(prefix="prefect-home-")
 os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
+# Once Prefect is imported, our log lines outside a flow are warned about otherwise.
+os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN"):
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
