@@ -6,9 +6,12 @@ from pathlib import Path
 from data.records import DatasetError, Source
 from data.sources import open_source
 from training.settings import Settings
-from training.stages import plan
+from training.stages import plan, transfer_data
 from training.store import OutputsError, data_source
 from training.tracking import wandb_mode
+
+TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "feature_analysis")
+"""Stages that need labels."""
 
 
 def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
@@ -47,26 +50,49 @@ def check_outputs(outputs: Path) -> None:
 
 def _check_source(name: str, settings: Settings, stages: list[str]) -> None:
     source = open_source(*data_source(name, settings))
-    transfers = name == "prepare_transfer_data" or settings.transfer_is_pretrain_data
-    if transfers and "linear_probe" in stages and source.class_names is None:
+    images = _training_images(source, settings)
+    if name == "prepare_data" and "pretrain" in stages:
+        _check_batch("pretrain", settings.pretrain.batch_size, images)
+    if name == transfer_data(settings) and not set(stages).isdisjoint(TRANSFER_STAGES):
+        labels = _labels(source, images, settings)
+        if not {"finetune_1", "finetune_2"}.isdisjoint(stages):
+            _check_batch("finetune", settings.finetune.batch_size, labels)
+        if "from_scratch" in stages:
+            _check_batch("from_scratch", settings.from_scratch.batch_size, labels)
+
+
+def _training_images(source: Source, settings: Settings) -> int:
+    """Return how many images are left for training once val and test are held out."""
+    images = source.counts["train"]
+    if "test" not in source.counts:
+        images = int(images * (1 - settings.data.test_fraction))
+    return int(images * (1 - settings.data.val_fraction))
+
+
+def _labels(source: Source, images: int, settings: Settings) -> int:
+    """Return how many labelled images the transfer stages train on."""
+    if source.class_names is None:
         raise DatasetError(
             f"The transfer stages need labelled images, {source.spec} has no labels. Set "
             "transfer.source to a source with one folder per class, or run `rotvit pretrain`, "
             "which needs no labels."
         )
-    if name == "prepare_data" and "pretrain" in stages:
-        _check_batch(source, "pretrain", settings.pretrain.batch_size, settings)
+    labels = settings.transfer.labels
+    if labels is None:
+        return images
+    if not len(source.class_names) <= labels <= images:
+        raise DatasetError(
+            f"transfer.labels must be from {len(source.class_names)} (one image of each class) to "
+            f"{images} (all training images of {source.spec} once val and test are held out), got "
+            f"{labels}."
+        )
+    return labels
 
 
-def _check_batch(source: Source, stage: str, batch_size: int, settings: Settings) -> None:
-    held_out = settings.data.val_fraction
-    share = 1 - held_out
-    if "test" not in source.counts:
-        share *= 1 - settings.data.test_fraction
-    images = int(source.counts["train"] * share)
+def _check_batch(section: str, batch_size: int, images: int) -> None:
     if images < batch_size:
         raise DatasetError(
-            f"{stage}.batch_size must be at most the number of training images; it is "
-            f"{batch_size}, and {source.spec} has {images} once val and test are held out. "
-            f"Set {stage}.batch_size to {max(1, images)} or less, or add images."
+            f"{section}.batch_size must be at most the number of training images, it is "
+            f"{batch_size}, and there are {images}. Set {section}.batch_size to "
+            f"{max(1, images)} or less, or use more images."
         )

@@ -23,7 +23,11 @@ def test_sound_settings_pass(tiny_settings: Settings, tmp_path: Path) -> None:
     [
         ({"data": {"source": "folder:no/such/folder"}}, "no/such/folder"),
         ({"data": {"source": "drawn11"}}, "drawn10"),
-        ({"pretrain": {"batch_size": 500}}, "pretrain.batch_size must be at most.*54"),
+        ({"pretrain": {"batch_size": 500}}, r"pretrain\.batch_size must be at most.*54"),
+        ({"finetune": {"batch_size": 31}}, r"finetune\.batch_size must be at most.*30"),
+        ({"from_scratch": {"batch_size": 31}}, r"from_scratch\.batch_size must be at most.*30"),
+        ({"transfer": {"labels": 2}}, r"transfer\.labels must be from 3 .*got 2"),
+        ({"transfer": {"labels": 55}}, r"transfer\.labels must be from 3 .* to 54 .*got 55"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused(
@@ -31,6 +35,20 @@ def test_a_source_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(DatasetError, match=message):
         preflight.check(validate(merge(tiny_values, changes)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("until", "changes"),
+    [
+        ("pretrain", {"transfer": {"labels": 2}}),
+        ("linear_probe", {"finetune": {"batch_size": 31}}),
+        ("prepare_data", {"pretrain": {"batch_size": 500}}),
+    ],
+)
+def test_what_no_stage_of_the_plan_reads_is_not_held_against_it(
+    tiny_values: dict[str, Any], tmp_path: Path, until: str, changes: dict[str, Any]
+) -> None:
+    preflight.check(validate(merge(tiny_values, changes)), tmp_path, until)
 
 
 def test_an_empty_folder_is_refused(tiny_values: dict[str, Any], tmp_path: Path) -> None:
