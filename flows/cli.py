@@ -34,7 +34,7 @@ PREFECT_DEFAULTS = {
     # Its console lines and tracebacks; they are in the log file.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
-    "OMP_WAIT_POLICY": "PASSIVE",  # not Prefect's: see training/hardware.py
+    "GOMP_SPINCOUNT": "1000",  # not Prefect's: see training/hardware.py
 }
 """Environment of a run, where the user has not set it otherwise."""
 

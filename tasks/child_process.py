@@ -54,7 +54,7 @@ def run_in_child(request: StageRequest) -> StageResult:
         text=True,
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches it through us, once
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},  # see training/hardware.py
+        env={"GOMP_SPINCOUNT": "1000", **os.environ},  # see training/hardware.py
     ) as child:
         assert child.stdout is not None
         try:

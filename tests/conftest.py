@@ -16,7 +16,7 @@ os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
 for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN"):
     os.environ.pop(name, None)
 os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see training/hardware.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see training/hardware.py
 
 import pytest
 import torch

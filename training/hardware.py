@@ -3,10 +3,9 @@
 Another precision or number of threads gives other bytes, so the first attempt at a key stores its
 decision and a resume takes the stored one.
 
-Whoever starts a stage's process sets `OMP_WAIT_POLICY=PASSIVE` before torch is imported. By default
-threads of a team spin while they wait for each other; when anything else runs on their cores they
-spin away the time of the one they wait for. Measured beside one busy process on two cores (drawn
-preset's network, batch 128, float32, torch 2.15): 37 to 49 images/s spinning, 353 to 518 not.
+Whoever starts a stage's process sets `GOMP_SPINCOUNT=1000` before torch is imported. By default
+threads of a team spin for long while they wait for each other; when anything else runs on their
+cores they spin away the time of the one they wait for. EXPERIMENTS.md has the figures.
 """
 
 import json

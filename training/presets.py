@@ -24,7 +24,7 @@ PRESETS: dict[str, Preset] = {
     # Command: rotvit run (or `make demo`). Expected scores: the first table of README.md.
     "drawn": Preset(
         summary="10 kinds of drawn things at 32 px, 500 labels; no download.",
-        needs="a laptop; under 5 minutes on two cores",
+        needs="a laptop; minutes on two cores",
         values={
             "data": {"source": "drawn10", "crop_margin": 0.125},
             "model": {
