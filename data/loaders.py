@@ -32,6 +32,20 @@ class Batch:
     epoch: int
     """The epoch that the batch belongs to, from 0."""
 
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """Yield the batch in `count` equal parts, in order.
+
+        Raises:
+            ValueError: If its images cannot be divided so.
+        """
+        size, rest = divmod(len(self.ids), count)
+        if rest:
+            raise ValueError(f"A batch of {len(self.ids)} images has no {count} equal parts.")
+        for first in range(0, size * count, size):
+            rows = slice(first, first + size)
+            labels = None if self.labels is None else self.labels[rows]
+            yield Batch(self.images[rows], labels, self.ids[rows], self.epoch)
+
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of one epoch, a permutation of `0` to `num_samples - 1`."""

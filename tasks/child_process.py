@@ -13,11 +13,12 @@ import subprocess
 import sys
 from typing import IO, Any
 
-from training import progress
+from training import progress, store
 from training.errors import ERRORS_BY_NAME
+from training.lock import locked
 from training.stages import STAGES
 from training.stopping import EXIT_RESUME
-from training.store import StageRequest, StageResult, write_config
+from training.store import StageRequest, StageResult
 
 logger = logging.getLogger("training.child")
 
@@ -34,18 +35,21 @@ class StageStoppedError(RuntimeError):
 
 
 def run_in_child(request: StageRequest) -> StageResult:
-    """Run a stage in a child process and return its result.
+    """Return a stage's result: the one that is there, or what a child process makes.
 
     Raises:
         StageStoppedError: If the child was stopped by somebody else.
         StageFailedError: If it crashed or was killed.
         ValueError: A user's mistake, as the type that the child raised.
     """
-    request.directory.mkdir(parents=True, exist_ok=True)
-    write_config(request)
+    with locked(store.lock_path(request), what=request.stage):
+        found = store.begin(request)
+    if found:
+        return found
     module = STAGES[request.stage].module or request.stage
     # -P: a user's own data.py in the current directory must not stand in for ours.
-    command = [sys.executable, "-P", "-m", f"training.{module}", str(request.directory), "--events"]
+    command = [sys.executable, "-P", "-m", f"training.{module}", str(request.directory)]
+    command += ["--events", "--parent", str(os.getpid())]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -93,6 +97,9 @@ def _stop(child: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+    except BaseException:  # asked again: the child is, too, and stops at once
+        child.send_signal(signal.SIGTERM)
+        raise
 
 
 def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:

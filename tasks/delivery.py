@@ -65,8 +65,7 @@ def compute_here(request: StageRequest) -> StageResult:
 
 def compute_in_child(request: StageRequest) -> StageResult:
     """Run a long stage in a process of its own, if there is something to compute."""
-    verdict = store.inspect(request)
-    return verdict.result or run_in_child(request)
+    return run_in_child(request)
 
 
 def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:

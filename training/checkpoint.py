@@ -13,10 +13,12 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,6 +46,14 @@ class Snapshot:
     state: Mapping[str, Any]
 
 
+MADE_WITH = ("torch", "transformers")
+"""Packages whose other versions may give other bytes; a checkpoint names those it was made with."""
+
+
+class _DamagedError(Exception):
+    """What is wrong with a checkpoint."""
+
+
 def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path:
     """Write a checkpoint and remove the oldest beyond `KEEP`.
 
@@ -54,13 +64,21 @@ def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path
 
     Returns:
         The checkpoint's directory. One that is there already is kept if it verifies.
+
+    Raises:
+        OSError: If it cannot be written; the older ones are kept.
+        SafetensorError: The same, from the library that writes tensors.
+        CheckpointError: If it cannot be read back as it was written; the older ones are kept.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{snapshot.step:08d}"
     if final.exists():
-        if not _problem(final):
+        try:
+            _verify(final)
+        except _DamagedError:
+            _set_aside(final)
+        else:
             return final
-        _set_aside(final)
     temporary = root / f".tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
@@ -72,7 +90,12 @@ def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path
             path.name: {"sha256": sha256_of(path), "size": path.stat().st_size}
             for path in sorted(temporary.iterdir())
         }
-        manifest = {"step": snapshot.step, "identity": dict(identity), "files": files}
+        manifest = {
+            "step": snapshot.step,
+            "identity": dict(identity),
+            "made_with": {name: metadata.version(name) for name in MADE_WITH},
+            "files": files,
+        }
         # Its own digest besides, or a flipped bit in the manifest would pass.
         _write_json(temporary / "manifest.json", {**manifest, "sha256": digest_of(manifest)})
         for path in temporary.iterdir():
@@ -100,16 +123,16 @@ def load_newest(root: Path, *, identity: Mapping[str, Any]) -> Snapshot | None:
         shutil.rmtree(leftover, ignore_errors=True)
     set_aside = sorted(path.name for path in root.glob("step-*.damaged*"))
     for directory in _newest_first(root):
-        problem = _problem(directory)
-        if problem:
-            logger.warning("Checkpoint %s is damaged (%s): set aside.", directory.name, problem)
+        try:
+            manifest = _verify(directory)
+            _check_identity(directory, manifest["identity"], identity)
+            snapshot = _read(directory, manifest)
+        except _DamagedError as damage:
+            logger.warning("Checkpoint %s is damaged (%s): set aside.", directory.name, damage)
             set_aside.append(_set_aside(directory).name)
             continue
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        _check_identity(directory, manifest["identity"], identity)
-        tensors = {path.stem: load_file(path) for path in sorted(directory.glob("*.safetensors"))}
-        state = json.loads((directory / "state.json").read_bytes())
-        return Snapshot(step=state.pop("step"), tensors=tensors, state=state)
+        _warn_of_other_versions(directory, manifest["made_with"])
+        return snapshot
     if set_aside:
         raise CheckpointError(
             f"At least one checkpoint must be sound, but all under {root} are damaged "
@@ -138,7 +161,8 @@ def restore_optimizer(
         parameter = parameters[parameter_name]
         # AdamW counts its steps on the CPU unless it is fused on a GPU.
         place = parameter.device if what != "step" or _fused(optimizer) else torch.device("cpu")
-        optimizer.state[parameter][what] = tensor.to(place)
+        # A copy: what was loaded is mapped from the file, which will be pruned one day.
+        optimizer.state[parameter][what] = tensor.to(place, copy=True)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
@@ -150,22 +174,37 @@ def _newest_first(root: Path) -> Iterator[Path]:
     yield from sorted(found, reverse=True)
 
 
-def _problem(directory: Path) -> str:
-    """Say what is wrong with a checkpoint; empty where nothing is."""
+def _verify(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint whose files are all as it says."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
+        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_bytes())
         if manifest.pop("sha256") != digest_of(manifest):
-            return "manifest.json is not as it was written"
-        files: dict[str, Any] = manifest["files"]
-        for name, record in files.items():
+            raise _DamagedError("manifest.json is not as it was written")
+        for name, record in manifest["files"].items():
+            if Path(name).name != name:
+                raise _DamagedError(f"its manifest names {name}, which is not one of its files")
             path = directory / name
             if path.stat().st_size != record["size"] or sha256_of(path) != record["sha256"]:
-                return f"{name} is not as it was written"
+                raise _DamagedError(f"{name} is not as it was written")
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is gone"
+        raise _DamagedError(f"{Path(error.filename).name} is gone") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read: {error}"
-    return ""
+        raise _DamagedError(f"its manifest cannot be read: {error}") from error
+    return manifest
+
+
+def _read(directory: Path, manifest: Mapping[str, Any]) -> Snapshot:
+    try:
+        # Only what the manifest names: what somebody put beside it was not verified.
+        tensors = {
+            Path(name).stem: load_file(directory / name)
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+    except SafetensorError as error:  # made by something else than `save`
+        raise _DamagedError(str(error)) from error
+    state = json.loads((directory / "state.json").read_bytes())
+    return Snapshot(step=state.pop("step"), tensors=tensors, state=state)
 
 
 def _set_aside(directory: Path) -> Path:
@@ -191,13 +230,28 @@ def _check_identity(directory: Path, found: Mapping[str, Any], expected: Mapping
         )
 
 
+def _warn_of_other_versions(directory: Path, made_with: Mapping[str, str]) -> None:
+    for name, version in made_with.items():
+        if version != metadata.version(name):
+            logger.warning(
+                "%s was saved with %s %s, this is %s: the final bytes may differ from those of an "
+                "undisturbed run.",
+                directory.name,
+                name,
+                version,
+                metadata.version(name),
+            )
+
+
 def _prune(root: Path, *, newest: Path) -> None:
-    problem = _problem(newest)
-    if problem:
+    try:
+        _verify(newest)
+    except _DamagedError as damage:
+        aside = _set_aside(newest)
         raise CheckpointError(
-            f"A checkpoint must read back as it was written, {newest} does not: {problem}. "
-            "The older ones are kept; check the disk."
-        )
+            f"A checkpoint must read back as it was written, {aside} does not: {damage}. Check "
+            "the disk; the older checkpoints are kept."
+        ) from damage
     for directory in list(_newest_first(root))[KEEP:]:
         shutil.rmtree(directory)
 

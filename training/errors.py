@@ -14,7 +14,19 @@ class DivergedError(ArithmeticError):
     """The loss, a gradient or a weight is not a number any more."""
 
 
-USER_ERRORS = (ConfigError, DatasetError, ModelError, OutputsError, CheckpointError, DivergedError)
+class OutOfMemoryError(MemoryError):
+    """A training step does not fit into the memory of the device."""
+
+
+USER_ERRORS = (
+    ConfigError,
+    DatasetError,
+    ModelError,
+    OutputsError,
+    CheckpointError,
+    DivergedError,
+    OutOfMemoryError,
+)
 """Errors that a retry cannot mend and whose message says what to do."""
 
 ERRORS_BY_NAME = {error.__name__: error for error in USER_ERRORS}

@@ -20,7 +20,7 @@ def compute(context: StageContext) -> StageOutcome:
     model = load_start(context)
     train_head_and_last_blocks(model, BLOCKS[context.request.stage])
     images = open_labelled(context.input("data"), context.settings)
-    return train_classifier(context, model, images, context.settings.finetune)
+    return train_classifier(context, model, images, section="finetune")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def compute(context: StageContext) -> StageOutcome:
     """Train all of a fresh network on the labelled images."""
     images = open_labelled(context.input("data"), context.settings)
     model = build_model(context, images.class_names)
-    return train_classifier(context, model, images, context.settings.from_scratch)
+    return train_classifier(context, model, images, section="from_scratch")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision and threads, decided once per stage key.
+"""What a run computes on: device, precision, compilation and threads, decided once per stage key.
 
 Another precision or number of threads gives other bytes, so the first attempt at a key stores its
 decision and a resume takes the stored one.
@@ -11,12 +11,14 @@ cores they spin away the time of the one they wait for. EXPERIMENTS.md has the f
 import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from training.settings import HardwareSettings
 from training.store import write_atomically
@@ -35,12 +37,20 @@ class Hardware:
 
     device: Literal["cpu", "cuda"]
     precision: Literal["float32", "bfloat16"]
+    compile: bool
     threads: int
 
     @property
     def torch_device(self) -> torch.device:
         """The device, as torch names it."""
         return torch.device(self.device)
+
+    def for_training(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        """Return what calls the model in a training step: compiled, or the model itself.
+
+        The model's weights and their names stay what they are.
+        """
+        return torch.compile(model, dynamic=False) if self.compile else model
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which matrix products run at `precision`."""
@@ -69,7 +79,7 @@ def decide_once(directory: Path, settings: HardwareSettings, *, embed_dim: int) 
 
 
 def decide(settings: HardwareSettings, *, embed_dim: int) -> Hardware:
-    """Decide device, precision and threads for a network of that width."""
+    """Decide device, precision, compilation and threads for a network of that width."""
     device: Literal["cpu", "cuda"]
     if settings.device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +94,10 @@ def decide(settings: HardwareSettings, *, embed_dim: int) -> Hardware:
         )
         precision = "bfloat16" if fast else "float32"
     return Hardware(
-        device=device, precision=precision, threads=settings.threads or available_processors()
+        device=device,
+        precision=precision,
+        compile=settings.compile,
+        threads=settings.threads or available_processors(),
     )
 
 

@@ -10,10 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import ViTForImageClassification
 
 from data.loaders import Batch
@@ -21,7 +22,9 @@ from data.randomness import derive_seed
 from models.freezing import set_train_mode
 from training import checkpoint, optim
 from training.checkpoint import Snapshot
-from training.errors import DivergedError
+from training.checkpoint_writer import CheckpointWriter
+from training.divergence import StepGuard
+from training.errors import DivergedError, OutOfMemoryError
 from training.runner import StageContext
 from training.settings import RecipeSettings
 from training.stopping import Stopped
@@ -38,10 +41,11 @@ class Task:
     Attributes:
         model: The network; the parameters that require a gradient are trained.
         recipe: Epochs, batch size, rates.
+        section: Name of the recipe among the settings, for messages.
         steps_per_epoch: Optimiser steps that make an epoch.
         samples_per_step: Images that go through the network per step.
         batches: `(epoch, first step within it)` → that epoch's batches from there on.
-        compute_loss: Mean loss of one batch, a scalar in nats.
+        compute_loss: Mean loss of one batch, or of an equal part of one, a scalar in nats.
         evaluate: Scores on val, by metric key.
         score: The metric that decides which epoch is best (higher is better), where best weights
             are kept; none keeps the last.
@@ -50,11 +54,12 @@ class Task:
 
     model: ViTForImageClassification
     recipe: RecipeSettings
+    section: str
     steps_per_epoch: int
     samples_per_step: int
     batches: Callable[[int, int], Iterable[Batch]]
-    compute_loss: Callable[[ViTForImageClassification, Batch], Tensor]
-    evaluate: Callable[[ViTForImageClassification], dict[str, float]]
+    compute_loss: Callable[[Batch], Tensor]
+    evaluate: Callable[[], dict[str, float]]
     score: str | None = None
     patience: int | None = None
 
@@ -69,6 +74,7 @@ class TrainState:
     best_score: float = -math.inf
     best_epoch: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    skipped_steps: int = 0
     wall_seconds: float = 0.0
     train_seconds: float = 0.0
     resumed_from: int | None = None
@@ -84,6 +90,7 @@ class TrainState:
             # JSON has no infinity.
             "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "best_epoch": self.best_epoch,
+            "skipped_steps": self.skipped_steps,
             "wall_seconds": self.wall_seconds,
             "train_seconds": self.train_seconds,
         }
@@ -95,7 +102,9 @@ def train(context: StageContext, task: Task, *, seed: int) -> TrainState:
     The model is left with its final weights: the best epoch's where `task.score` is set.
 
     Raises:
-        DivergedError: If the loss or a gradient is not finite.
+        DivergedError: If `checkpoint.max_skipped_steps` losses or gradients in a row were not
+            finite. Fewer are skipped, and counted.
+        OutOfMemoryError: If a step does not fit into memory.
         CheckpointError: If checkpoints are there and none can be used.
         Stopped: If the process was asked to stop; the state is saved.
     """
@@ -110,7 +119,9 @@ class _Run:
         self.root = context.directory / CHECKPOINTS
         self.identity = {
             "key": context.request.key,
-            **{f"{role} digest": item.digest for role, item in context.request.inputs.items()},
+            # What the key is made of, so that a refusal can show the difference.
+            **context.request.reads,
+            **{f"digest of {role}": item.digest for role, item in context.request.inputs.items()},
         }
         recipe = task.recipe
         self.total_steps = recipe.epochs * task.steps_per_epoch
@@ -125,14 +136,24 @@ class _Run:
         saved = checkpoint.load_newest(self.root, identity=self.identity)
         if saved:
             self._restore(saved)
-        with Tracker(self.context, position=saved.state["tracker"] if saved else None) as tracker:
-            self.tracker = tracker
+        self.guard = StepGuard(
+            self.trained[0].device,
+            limit=self.context.settings.checkpoint.max_skipped_steps,
+            skipped=self.state.skipped_steps,
+        )
+        with (
+            Tracker(self.context, position=saved.state["tracker"] if saved else None) as tracker,
+            CheckpointWriter(
+                self.root, identity=self.identity, saved_step=saved.step if saved else None
+            ) as writer,
+        ):
+            self.tracker, self.writer = tracker, writer
             while not self._is_finished():
                 if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
                     self._end_epoch()
                 else:
                     self._train_epoch()
-        if self.task.score:
+        if self.task.score and self.state.best_weights:
             self.task.model.load_state_dict(self.state.best_weights)
         self._count_time()
         return self.state
@@ -163,37 +184,70 @@ class _Run:
         )
         optim.set_learning_rate(self.optimizer, lr)
         torch.manual_seed(derive_seed(self.seed, "dropout", state.step))
-        loss = task.compute_loss(task.model, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(batch)
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm = get_total_norm(gradients)
         if task.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained, task.recipe.clip_norm)
+            clip_grads_with_norm_(self.trained, task.recipe.clip_norm, norm)
+        # Fused AdamW skips the step where this is 1; see StepGuard.
+        self.optimizer.found_inf = self.guard.found_inf(loss, norm)  # type: ignore[attr-defined]
         self.optimizer.step()
         state.step += 1
         if state.step % self.context.settings.tracking.log_every_steps == 0:
             self._log(loss.item(), lr)
 
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add up the gradients of a batch, part by part; return its mean loss."""
+        task, parts = self.task, self.task.recipe.accumulation_steps
+        try:
+            total = torch.zeros((), device=batch.images.device)
+            for part in batch.parts(parts):
+                loss = task.compute_loss(part) / parts
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"A training step of {self.context.request.stage} must fit into memory; one of "
+                f"{task.recipe.batch_size} images in {parts} part(s) does not. Set "
+                f"{task.section}.accumulation_steps={2 * parts} (the same samples per step in "
+                f"smaller parts), or lower {task.section}.batch_size."
+            ) from error
+        return total
+
     def _log(self, loss: float, lr: float) -> None:
         step, epoch = self.state.step, self.state.step / self.task.steps_per_epoch
-        if not math.isfinite(loss):
-            section = self.context.request.stage
-            raise DivergedError(
-                f"The training loss must be finite, it is {loss} at step {step} of {section}. "
-                "Usual causes: a learning rate that is too high or a warm-up that is too short. "
-                "Lower base_lr, or raise warmup_epochs, in the settings of this stage."
-            )
-        self.tracker.log({"train/loss": loss, "train/lr": lr}, step=step, epoch=epoch)
+        self._check_guard()
+        metrics = {"train/loss": loss, "train/lr": lr}
+        if self.state.skipped_steps:
+            metrics["train/skipped_steps"] = self.state.skipped_steps
+        self.tracker.log(metrics, step=step, epoch=epoch)
         self.context.progress(
             step, self.total_steps, "steps", f"epoch {math.ceil(epoch)}, loss {loss:.3f}"
         )
 
+    def _check_guard(self) -> None:
+        self.guard.check(
+            self.state.step, stage=self.context.request.stage, section=self.task.section
+        )
+        skipped = self.guard.skipped()
+        if skipped > self.state.skipped_steps:
+            logger.warning(
+                "%s: %d steps skipped until step %d, their loss or gradient was not finite.",
+                self.context.request.stage,
+                skipped,
+                self.state.step,
+            )
+        self.state.skipped_steps = skipped
+
     def _end_epoch(self) -> None:
         state, task = self.state, self.task
         try:
-            scores = task.evaluate(task.model)
+            scores = task.evaluate()
         except InterruptedError:  # asked to stop: the evaluation is done again after a resume
-            self._save()
-            raise Stopped(state.step) from None
+            self._save_and_leave()
         state.evaluated_epochs += 1
         state.val_scores = scores
         if task.score and scores[task.score] > state.best_score:
@@ -216,22 +270,29 @@ class _Run:
     def _save_if_due(self) -> None:
         rule = self.context.settings.checkpoint
         if self.context.stop:
-            self._save()
-            raise Stopped(self.state.step)
+            self._save_and_leave()
         if self.state.step % self.task.steps_per_epoch == 0:
             return  # the epoch's end saves, and knows its scores
         due = time.monotonic() - self.saved_at >= rule.every_seconds
         if due or (rule.every_steps and self.state.step % rule.every_steps == 0):
             self._save()
 
+    def _save_and_leave(self) -> NoReturn:
+        self._save()
+        self.writer.wait()
+        raise Stopped(self.state.step, saved_step=self.writer.saved_step) from None
+
     def _save(self) -> None:
+        self._check_guard()
+        if self.guard.last_was_skipped():
+            return  # perhaps the first of many: what is saved must be good to go on from
         self._count_time()
         model = self.task.model
         if not all(bool(torch.isfinite(p).all()) for p in self.trained):
             raise DivergedError(
                 f"The weights must be finite, they are not after step {self.state.step} of "
-                f"{self.context.request.stage}. The last good checkpoint is kept. Lower base_lr, "
-                "or raise warmup_epochs, in the settings of this stage."
+                f"{self.context.request.stage}. The last good checkpoint is kept. Lower "
+                f"{self.task.section}.base_lr, or raise {self.task.section}.warmup_epochs."
             )
         snapshot = Snapshot(
             step=self.state.step,
@@ -242,7 +303,7 @@ class _Run:
             },
             state={**self.state.to_plain(), "tracker": self.tracker.position()},
         )
-        checkpoint.save(self.root, snapshot, identity=self.identity)
+        self.writer.submit(snapshot)
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: Snapshot) -> None:
@@ -257,7 +318,7 @@ class _Run:
         self.state = TrainState(
             **plain,
             step=saved.step,
-            best_weights={name: tensor.to(device) for name, tensor in best.items()},
+            best_weights={name: tensor.to(device, copy=True) for name, tensor in best.items()},
             resumed_from=saved.step,
             wall_seconds_before=plain["wall_seconds"],
         )
@@ -266,3 +327,10 @@ class _Run:
     def _count_time(self) -> None:
         elapsed = time.monotonic() - self.started
         self.state.wall_seconds = self.state.wall_seconds_before + elapsed
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the host torch raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(
+        error
+    )

@@ -7,7 +7,6 @@ which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728)
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import ViTForImageClassification
 
 from data.loaders import Batch, Batches, eval_batches
 from data.randomness import uniform
@@ -42,7 +41,9 @@ def compute(context: StageContext) -> StageOutcome:
         device=device,
     )
 
-    def compute_loss(model: ViTForImageClassification, batch: Batch) -> Tensor:
+    forward = hardware.for_training(model)
+
+    def compute_loss(batch: Batch) -> Tensor:
         if recipe.rotations == "all":
             images, turns = make_rotation_batch(batch.images)
         else:
@@ -50,7 +51,7 @@ def compute(context: StageContext) -> StageOutcome:
             turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
             images = rotate_each(batch.images, turns)
         with hardware.autocast():
-            logits = model(images).logits
+            logits = forward(images).logits
         return functional.cross_entropy(logits.float(), turns)
 
     def score(subset: Subset) -> Score:
@@ -62,7 +63,7 @@ def compute(context: StageContext) -> StageOutcome:
             rotations=True,
         )
 
-    def evaluate_on_val(model: ViTForImageClassification) -> dict[str, float]:
+    def evaluate_on_val() -> dict[str, float]:
         found = score(splits.val)
         return {"val/loss": found.loss, "val/rotation_accuracy": found.accuracy}
 
@@ -71,6 +72,7 @@ def compute(context: StageContext) -> StageOutcome:
         loop.Task(
             model=model,
             recipe=recipe,
+            section="pretrain",
             steps_per_epoch=batches.steps_per_epoch,
             samples_per_step=recipe.samples_per_step,
             batches=batches.epoch,
@@ -91,6 +93,7 @@ def compute(context: StageContext) -> StageOutcome:
             "val_rotation_accuracy": state.val_scores["val/rotation_accuracy"],
             "epochs": recipe.epochs,
             "steps": state.step,
+            "skipped_steps": state.skipped_steps,
             "images": len(splits.train),
         },
         timing={"samples_per_second": state.step * recipe.samples_per_step / state.train_seconds},

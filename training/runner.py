@@ -6,8 +6,10 @@ A module of a long stage ends with `raise SystemExit(runner.main(compute))`, so 
 """
 
 import argparse
+import errno
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -20,17 +22,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+
 from training import hardware, progress, store
 from training.errors import USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
 from training.stopping import EXIT_RESUME, Stopped, StopRequest
-from training.store import StageRequest, StageResult
+from training.store import OutputsError, StageRequest, StageResult
 
 logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 """Exit status where one of `USER_ERRORS` ended a stage."""
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a file cannot grow: no space, a quota, a limit of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +105,26 @@ def run_stage(
 
     Raises:
         Stopped: If `stop` was requested; the state is saved.
+        OutputsError: If the disk is full.
         Exception: What `compute` raises.
     """
     # Not `or`: a request that nobody has made yet is false.
     stop = StopRequest() if stop is None else stop
-    lock = request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
-    with locked(lock, what=request.stage, give_up=lambda: bool(stop)):
-        verdict = store.inspect(request)
-        if verdict.result:
-            return verdict.result
-        if verdict.stale:
-            _clear(request, verdict)
-        request.directory.mkdir(parents=True, exist_ok=True)
-        store.write_config(request)
+    with locked(store.lock_path(request), what=request.stage, give_up=lambda: bool(stop)):
+        found = store.begin(request)
+        if found:
+            return found
         started = time.monotonic()
-        outcome = compute(StageContext(request, stop))
-        result = _finish(request, outcome, seconds=time.monotonic() - started)
+        try:
+            outcome = compute(StageContext(request, stop))
+            result = _finish(request, outcome, seconds=time.monotonic() - started)
+        except (OSError, SafetensorError) as error:
+            if not _is_full_disk(error):
+                raise
+            raise OutputsError(
+                f"The disk of {request.directory} is full. Free some space and run the same "
+                "command again; what is finished is kept."
+            ) from error
         if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
             shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
         return result
@@ -128,10 +139,11 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run one stage from its directory.")
     parser.add_argument("directory", type=Path, help="holds the config.yaml of the stage")
     parser.add_argument("--events", action="store_true", help="write JSON lines for a parent")
+    parser.add_argument("--parent", type=int, help="process to end with, once the state is saved")
     options = parser.parse_args(arguments)
     _log_to_stdout(events=options.events)
     stop = StopRequest()
-    stop.listen()
+    stop.listen(parent=options.parent)
     emit = _emit if options.events else lambda **event: None
     try:
         with progress.listening(lambda item: emit(progress=astuple(item))):
@@ -194,25 +206,19 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _clear(request: StageRequest, verdict: store.Verdict) -> None:
-    """Take away what a damaged or outdated result left, so that nothing old is built on."""
-    directory = request.directory
-    logger.warning("%s is computed again: %s.", request.stage, verdict.why)
-    if request.stage.startswith("prepare"):
-        (directory / "result.json").unlink(missing_ok=True)  # sound shards are kept
-        return
-    # A sound checkpoint of the same inputs leads to the same bytes in less time.
-    kept = {"hardware.json"}
-    if verdict.stale == "damaged":
-        kept |= {"metrics.jsonl", store.CHECKPOINTS}
-    for path in directory.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    # safetensors writes files itself and passes the error on as text.
+    return any(f"os error {number})" in str(error) for number in FULL_DISK)
 
 
 def _emit(**event: Any) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the parent died; the stage saves its state before it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _EventHandler(logging.Handler):

@@ -106,6 +106,18 @@ class RecipeSettings(Section):
     """Largest norm of the whole gradient; none switches clipping off."""
     flip: bool = True
     """Mirror images left-right at random, before any rotation."""
+    accumulation_steps: PositiveInt = 1
+    """Parts that each step's batch is computed in, one after the other, before one update: the
+    same samples per step in less memory. Must divide `batch_size`."""
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps must divide batch_size, or the parts of a step would differ; "
+                f"got {self.accumulation_steps} and {self.batch_size}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Self:
@@ -193,12 +205,15 @@ class FeatureAnalysisSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When training saves its state. Cannot change results."""
+    """When training saves its state, and when it gives up. Cannot change results."""
 
     every_seconds: PositiveFloat = 300.0
     """Longest time between two checkpoints, in seconds; each epoch ends with one besides."""
     every_steps: PositiveInt | None = None
     """Steps between two checkpoints, in addition to the rule above; none for no such rule."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row that may be skipped because their loss or gradient is not finite; that many
+    end the run, with its last good checkpoint untouched."""
 
 
 class HardwareSettings(Section):
@@ -209,6 +224,9 @@ class HardwareSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of forward and backward passes; weights and optimiser state stay float32. Auto takes
     bfloat16 where the hardware computes in it and the network is wide enough to profit."""
+    compile: bool = False
+    """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
+    passes over memory afterwards, and other last bits."""
     threads: PositiveInt | None = None
     """CPU threads of the computation; none takes the processors that this process may use."""
 
@@ -396,7 +414,8 @@ def _explain(item: Any) -> str:
         return f"{name} is not a setting.{_nearest(name, setting_names())}"
     if item["type"] == "value_error":  # raised by a validator here: a whole sentence already
         message = str(item["ctx"]["error"])
-        section = f"{name}." if name and message.startswith("warmup_epochs") else ""
+        starts_with_setting = message.startswith(("warmup_epochs", "accumulation_steps"))
+        section = f"{name}." if name and starts_with_setting else ""
         return section + message
     if item["type"] in {"model_type", "model_attributes_type"}:
         return f"{name} is a group of settings, not one; got {item['input']!r}."

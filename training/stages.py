@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # pydantic takes longer to import than `rotvit --help` may ta
 
 _SPLITS = ("data.val_fraction", "data.test_fraction", "data.split_seed")
 _LABELLED = ("transfer.labels", *_SPLITS)
+_ARITHMETIC = ("hardware.precision", "hardware.compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ _ALL = (
     Stage(
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
-        reads=("seed", "model", "pretrain", "hardware.precision", *_SPLITS),
+        reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
         needs=lambda settings: {"data": "prepare_data"},
         in_child=True,
     ),
@@ -92,7 +93,7 @@ _ALL = (
     Stage(
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
-        reads=("seed", "finetune", "hardware.precision", *_LABELLED),
+        reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         in_child=True,
         module="finetune",
@@ -100,7 +101,7 @@ _ALL = (
     Stage(
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
-        reads=("seed", "finetune", "hardware.precision", *_LABELLED),
+        reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=_needs_finetune_2,
         in_child=True,
         module="finetune",
@@ -108,7 +109,7 @@ _ALL = (
     Stage(
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
-        reads=("seed", "model", "from_scratch", "hardware.precision", *_LABELLED),
+        reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"data": transfer_data(settings)},
         in_child=True,
     ),

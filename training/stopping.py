@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
@@ -27,8 +28,11 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 class Stopped(Exception):
     """A stage was asked to stop, and has saved its state."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"Stopped after step {step}; the same command resumes there.")
+    def __init__(self, step: int, *, saved_step: int | None) -> None:
+        """Say where a resume will start: at `step` unless it could not be saved."""
+        place = "the beginning" if saved_step is None else f"step {saved_step}"
+        place = "there" if saved_step == step else f"from {place}"
+        super().__init__(f"Stopped after step {step}; the same command resumes {place}.")
         self.step = step
 
 
@@ -42,13 +46,19 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._event.is_set()
 
-    def listen(self) -> None:
-        """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only."""
+    def listen(self, *, parent: int | None = None) -> None:
+        """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only.
+
+        Args:
+            parent: The process whose death counts (Linux only); none for no such process.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        if sys.platform == "linux":
+        if sys.platform == "linux" and parent is not None:
             signal.signal(PARENT_DIED, self._on_parent_death)
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(PARENT_DIED))
+            if os.getppid() != parent:  # it died before we asked to be told
+                self._event.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ any other is *missing*.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data import prepared, sources
 from training.settings import Settings, flatten
 from training.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
@@ -175,6 +178,27 @@ def inspect(request: StageRequest) -> Verdict:
     return Verdict(state="cached", result=result)
 
 
+def begin(request: StageRequest) -> StageResult | None:
+    """Return the result if it is there, else make the stage's directory ready to compute in.
+
+    What must not be built on is taken away: a damaged result, or work on inputs that have been
+    replaced since. Call it while holding the lock at `lock_path`.
+    """
+    verdict = inspect(request)
+    if verdict.result:
+        return verdict.result
+    if verdict.stale:
+        _clear(request, verdict)
+    request.directory.mkdir(parents=True, exist_ok=True)
+    write_config(request)
+    return None
+
+
+def lock_path(request: StageRequest) -> Path:
+    """Return the file to lock while a stage is computed; apart from what may be deleted."""
+    return request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
+
+
 def discard(request: StageRequest) -> None:
     """Remove what there is for a request, checkpoints included."""
     shutil.rmtree(request.directory, ignore_errors=True)
@@ -267,6 +291,21 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
         for name, value in values.items()
         if any(name == read or name.startswith(f"{read}.") for read in stage.reads)
     }
+
+
+def _clear(request: StageRequest, verdict: Verdict) -> None:
+    directory = request.directory
+    logger.warning("%s is computed again: %s.", request.stage, verdict.why)
+    if request.stage.startswith("prepare"):
+        (directory / "result.json").unlink(missing_ok=True)  # sound shards are kept
+        return
+    # A sound checkpoint of the same inputs leads to the same bytes in less time.
+    kept = {"hardware.json"}
+    if verdict.stale == "damaged":
+        kept |= {"metrics.jsonl", CHECKPOINTS}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _identity(item: StageInput) -> str:

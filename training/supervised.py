@@ -1,5 +1,7 @@
 """Training a classifier on labelled images: fine-tuning and the from-scratch baseline."""
 
+from typing import Literal
+
 from torch import Tensor
 from torch.nn import functional
 from transformers import ViTForImageClassification
@@ -19,7 +21,7 @@ def train_classifier(
     context: StageContext,
     model: ViTForImageClassification,
     images: LabelledImages,
-    recipe: FinetuneSettings | FromScratchSettings,
+    section: Literal["finetune", "from_scratch"],
 ) -> StageOutcome:
     """Train what is trainable in `model`, keep the best epoch on val, score it on test once.
 
@@ -27,9 +29,10 @@ def train_classifier(
         context: Of the stage; its directory receives checkpoints, metrics and `model/`.
         model: On the CPU; parameters that require a gradient are trained.
         images: Labelled images.
-        recipe: Epochs, batch size, rates, patience.
+        section: Name of the recipe among the settings: epochs, batch size, rates, patience.
     """
     settings, hardware = context.settings, context.hardware()
+    recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
     device, side = hardware.torch_device, settings.model.image_size
     to_device(model, device)
     batches = Batches(
@@ -41,10 +44,12 @@ def train_classifier(
         device=device,
     )
 
-    def compute_loss(model: ViTForImageClassification, batch: Batch) -> Tensor:
+    forward = hardware.for_training(model)
+
+    def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
         with hardware.autocast():
-            logits = model(batch.images).logits
+            logits = forward(batch.images).logits
         return functional.cross_entropy(logits.float(), batch.labels)
 
     def score(subset: Subset) -> Score:
@@ -55,7 +60,7 @@ def train_classifier(
             stop=context.stop,
         )
 
-    def evaluate_on_val(model: ViTForImageClassification) -> dict[str, float]:
+    def evaluate_on_val() -> dict[str, float]:
         found = score(images.val)
         return {"val/loss": found.loss, "val/top1": found.accuracy}
 
@@ -64,6 +69,7 @@ def train_classifier(
         loop.Task(
             model=model,
             recipe=recipe,
+            section=section,
             steps_per_epoch=batches.steps_per_epoch,
             samples_per_step=recipe.batch_size,
             batches=batches.epoch,
@@ -87,6 +93,7 @@ def train_classifier(
             "best_epoch": state.best_epoch,
             "epochs": state.evaluated_epochs,
             "steps": state.step,
+            "skipped_steps": state.skipped_steps,
             "labels": len(images.train),
         },
         timing={"samples_per_second": state.step * recipe.batch_size / state.train_seconds},

@@ -6,6 +6,7 @@ hold up training for more than its time-outs.
 
 import json
 import logging
+import math
 import netrc
 import os
 from collections.abc import Mapping
@@ -44,7 +45,9 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], *, step: int, epoch: float) -> None:
         """Record metrics of a step (counted from 1), at that many epochs."""
-        row = {"step": step, "epoch": round(epoch, 6), **metrics}
+        # JSON has no nan.
+        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        row = {"step": step, "epoch": round(epoch, 6), **finite}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._wandb is not None:

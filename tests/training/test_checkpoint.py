@@ -1,5 +1,13 @@
+import errno
 import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +16,7 @@ from torch import nn
 from training import checkpoint
 from training.checkpoint import Snapshot
 from training.errors import CheckpointError
+from training.store import digest_of, sha256_of
 
 IDENTITY = {"key": "abc"}
 
@@ -122,6 +131,126 @@ def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_bytes())
     present = {path.name for path in directory.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == present
+
+
+def test_a_process_killed_before_any_file_operation_of_a_save_loses_nothing(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("crash_during_save.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    killed_before = json.loads(done.stdout)
+    # Writing, naming, verifying and pruning were all reached.
+    assert {"open", "os.mkdir", "os.rename", "shutil.rmtree", "os.rmdir"} <= set(killed_before)
+    assert killed_before.count("open") > 5
+
+
+def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
+    directory = checkpoint.save(tmp_path, snapshot(1), identity=IDENTITY)
+    (directory / "optimizer.safetensors").write_bytes(b"not verified by anybody")
+    loaded = checkpoint.load_newest(tmp_path, identity=IDENTITY)
+    assert loaded is not None
+    assert set(loaded.tensors) == {"model"}
+
+
+def test_a_manifest_that_names_files_elsewhere_is_damaged(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a", snapshot(1), identity=IDENTITY)
+    other = checkpoint.save(tmp_path / "b", snapshot(2), identity=IDENTITY)
+    path = tmp_path / "a" / "step-00000001" / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["sha256"]
+    record = manifest["files"].pop("model.safetensors")
+    manifest["files"][f"../../b/{other.name}/model.safetensors"] = record
+    path.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load_newest(tmp_path / "a", identity=IDENTITY)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "state.json"])
+def test_a_pickle_in_place_of_a_file_or_beside_it_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "checkpoints"
+    checkpoint.save(root, snapshot(1), identity=IDENTITY)
+    newest = checkpoint.save(root, snapshot(2), identity=IDENTITY)
+    (newest / file).write_bytes(pickle.dumps(Malicious()))
+    loaded = checkpoint.load_newest(root, identity=IDENTITY)
+    assert loaded is not None
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((root / loaded_or_damaged(root, newest) / file).read_bytes())
+    assert (tmp_path / "ran").exists(), "the file would have run if it had been unpickled"
+
+
+def loaded_or_damaged(root: Path, newest: Path) -> str:
+    return newest.name if newest.exists() else f"{newest.name}.damaged"
+
+
+def test_a_pickle_whose_hash_the_manifest_names_is_refused_as_not_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "checkpoints"
+    path = checkpoint.save(root, snapshot(1), identity=IDENTITY) / "model.safetensors"
+    path.write_bytes(pickle.dumps(Malicious()))
+    manifest_path = path.with_name("manifest.json")
+    manifest = json.loads(manifest_path.read_bytes())
+    del manifest["sha256"]
+    manifest["files"][path.name] = {"sha256": sha256_of(path), "size": path.stat().st_size}
+    manifest_path.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load_newest(root, identity=IDENTITY)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_newest_is_the_one_of_the_highest_step_whatever_the_clock_says(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, snapshot(1), identity=IDENTITY)
+    newest = checkpoint.save(tmp_path, snapshot(2), identity=IDENTITY)
+    for path in (newest, *newest.iterdir()):
+        os.utime(path, (0, 0))  # saved after the clock was set back to 1970
+    loaded = checkpoint.load_newest(tmp_path, identity=IDENTITY)
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_other_versions_of_torch_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.save(tmp_path, snapshot(1), identity=IDENTITY)
+    checkpoint.load_newest(tmp_path, identity=IDENTITY)
+    assert caplog.text == ""
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9")
+    checkpoint.load_newest(tmp_path, identity=IDENTITY)
+    assert "this is 9.9" in caplog.text
+
+
+def test_an_error_on_any_sync_leaves_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, snapshot(1), identity=IDENTITY)
+    original, calls = os.fsync, 0
+
+    def failing(at: int) -> Callable[[int], None]:
+        def fsync(handle: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise OSError(errno.EIO, "Input/output error")
+            original(handle)
+
+        return fsync
+
+    for at in range(1, 5):  # three files and the folder, before the checkpoint has its name
+        calls = 0
+        monkeypatch.setattr(os, "fsync", failing(at))
+        with pytest.raises(OSError, match="Input/output"):
+            checkpoint.save(tmp_path, snapshot(2), identity=IDENTITY)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_an_optimizer_goes_on_as_if_it_had_not_been_saved(rng: torch.Generator) -> None:

@@ -23,7 +23,7 @@ from training.store import StageRequest, StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
 
-CPU = Hardware(device="cpu", precision="float32", threads=1)
+CPU = Hardware(device="cpu", precision="float32", compile=False, threads=1)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

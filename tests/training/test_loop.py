@@ -1,0 +1,310 @@
+"""The training loop on a few drawn images: exact resumes, bad steps, memory, foreign checkpoints."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.randomness import derive_seed
+from training import checkpoint, finetune, pretrain, store
+from training.checkpoint_writer import CheckpointWriter
+from training.errors import CheckpointError, DivergedError, OutOfMemoryError
+from training.runner import run_stage
+from training.settings import ConfigError, Settings, merge, validate
+from training.stages import STAGES
+from training.stopping import Stopped, StopRequest
+from training.store import StageRequest, StageResult
+
+RunStages = Callable[..., dict[str, StageResult]]
+RequestOf = Callable[..., StageRequest]
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once it has been consulted that often."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def request_of(run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path) -> RequestOf:
+    """The request of a pretraining (6 steps an epoch, 18 in all), with changed settings."""
+
+    def build(changes: dict[str, Any] | None = None, outputs: str = "outputs") -> StageRequest:
+        settings: Settings = validate(merge(tiny_values, changes or {}))
+        results = run_stages(settings, tmp_path / outputs, "prepare_data")
+        return store.make_request(STAGES["pretrain"], settings, tmp_path / outputs, results)
+
+    return build
+
+
+def run_with_stops(request: StageRequest, every: int) -> tuple[StageResult, int]:
+    """Run a pretraining that is stopped again and again; also say how often."""
+    stops = 0
+    while True:
+        try:
+            return run_stage(request, pretrain.compute, StopAfter(every)), stops
+        except (Stopped, InterruptedError):
+            stops += 1
+
+
+def weights_sha256(request: StageRequest) -> str:
+    return store.sha256_of(request.directory / "model" / "model.safetensors")
+
+
+def metrics(request: StageRequest) -> str:
+    return (request.directory / "metrics.jsonl").read_text()
+
+
+def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
+    root = request.directory / store.CHECKPOINTS
+    return {
+        path.relative_to(root).as_posix(): store.sha256_of(path)
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"),
+    [
+        ("float32", False),
+        ("bfloat16", False),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("bfloat16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_and_resumed_ends_in_the_same_bytes(
+    request_of: RequestOf, precision: str, compiled: bool
+) -> None:
+    """With dropout, which draws random numbers in every step."""
+    changes = {
+        "hardware": {"precision": precision, "compile": compiled},
+        "pretrain": {"accumulation_steps": 3},
+    }
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
+    assert whole.settings.model.dropout > 0
+    expected = run_stage(whole, pretrain.compute)
+    result, stops = run_with_stops(cut, 9)
+    assert stops >= 2
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert metrics(cut) == metrics(whole)
+    assert result.scores == expected.scores
+
+
+def test_precision_and_compilation_are_not_without_effect(request_of: RequestOf) -> None:
+    """Or the test above would compare a thing with itself."""
+    plain = request_of(outputs="plain")
+    other = request_of({"hardware": {"precision": "bfloat16"}}, "other")
+    run_stage(plain, pretrain.compute)
+    run_stage(other, pretrain.compute)
+    assert weights_sha256(plain) != weights_sha256(other)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2, 3, 4])
+def test_a_crash_in_an_evaluation_changes_nothing(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    """1 to 3 are on val at the ends of the epochs, 4 is on test after the last one."""
+    whole, cut = request_of(outputs="whole"), request_of(outputs="cut")
+    run_stage(whole, pretrain.compute)
+    original, calls = evaluation.evaluate, 0
+
+    def crash(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == evaluation:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(pretrain, "evaluate", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(cut, pretrain.compute)
+    run_stage(cut, pretrain.compute)
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert metrics(cut) == metrics(whole)
+
+
+def test_a_finished_run_is_left_as_it_is(request_of: RequestOf) -> None:
+    request = request_of()
+    run_stage(request, pretrain.compute)
+    before = {path: path.stat().st_mtime_ns for path in request.directory.rglob("*")}
+    assert run_stage(request, pretrain.compute).status == "cached"
+    assert {path: path.stat().st_mtime_ns for path in request.directory.rglob("*")} == before
+
+
+def test_a_run_cut_off_after_its_last_step_only_finishes(request_of: RequestOf) -> None:
+    whole, cut = request_of(outputs="whole"), request_of(outputs="cut")
+    run_stage(whole, pretrain.compute)
+    run_stage(cut, pretrain.compute)
+    (cut.directory / "result.json").unlink()
+    result = run_stage(cut, pretrain.compute)
+    assert result.status == "resumed"
+    assert weights_sha256(cut) == weights_sha256(whole)
+
+
+@pytest.fixture
+def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[int] | range | set[int]], None]:
+    """Make the losses of some steps (from 0) nan, whoever computes them and how often."""
+
+    def arrange(steps: Any) -> None:
+        seeds = {derive_seed(0, "dropout", step) for step in steps}
+        original = torch.nn.functional.cross_entropy
+
+        class Functional:
+            @staticmethod
+            def cross_entropy(*arguments: Any, **named: Any) -> torch.Tensor:
+                # The loop seeds each step by its number.
+                factor = math.nan if torch.initial_seed() in seeds else 1.0
+                return original(*arguments, **named) * factor
+
+        monkeypatch.setattr(pretrain, "functional", Functional)
+
+    return arrange
+
+
+def test_a_few_bad_steps_are_skipped_counted_and_resumed_over(
+    request_of: RequestOf, nan_at: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    nan_at({4, 5, 9})  # 5 is the last one of its epoch: no checkpoint is made there
+    whole, cut = request_of(outputs="whole"), request_of(outputs="cut")
+    result = run_stage(whole, pretrain.compute)
+    assert result.scores["skipped_steps"] == 3
+    assert "2 steps skipped until step 6" in caplog.text
+    again, stops = run_with_stops(cut, 7)
+    assert stops >= 2
+    assert again.scores == result.scores
+    assert weights_sha256(cut) == weights_sha256(whole)
+    rows = [json.loads(line) for line in metrics(whole).splitlines()]
+    assert metrics(cut) == metrics(whole)
+    losses = {row["step"]: row["train/loss"] for row in rows if "train/lr" in row}
+    assert [step for step, loss in losses.items() if loss is None] == [5, 6, 10]
+    assert next(row for row in rows if row["step"] == 11)["train/skipped_steps"] == 3
+
+
+def test_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(
+    request_of: RequestOf, nan_at: Callable[[Any], None]
+) -> None:
+    nan_at(range(8, 18))
+    request = request_of({"checkpoint": {"max_skipped_steps": 3, "every_steps": 1}})
+    for _ in range(2):  # typed again, it ends in the same way
+        with pytest.raises(DivergedError, match=r"at step 11 of pretrain.*pretrain\.base_lr"):
+            run_stage(request, pretrain.compute)
+        assert store.inspect(request).step == 8
+        root = request.directory / store.CHECKPOINTS
+        manifest = json.loads((root / "step-00000008" / "manifest.json").read_bytes())
+        loaded = checkpoint.load_newest(root, identity=manifest["identity"])
+        assert loaded is not None
+        assert all(bool(t.isfinite().all()) for t in loaded.tensors["model"].values())
+
+
+def test_a_step_in_parts_is_the_same_step(request_of: RequestOf) -> None:
+    """Witness: the same batch in one part. Float32 sums differ in their last bits."""
+    changes = {"model": {"dropout": 0.0}}
+    parts = merge(changes, {"pretrain": {"accumulation_steps": 9}})
+    one, nine = request_of(changes, "one"), request_of(parts, "nine")
+    run_stage(one, pretrain.compute)
+    run_stage(nine, pretrain.compute)
+    losses = [
+        [row["train/loss"] for row in map(json.loads, metrics(r).splitlines()) if "train/lr" in row]
+        for r in (one, nine)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_parts_that_would_differ_are_refused(tiny_values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"pretrain\.accumulation_steps must divide batch_size"):
+        validate(merge(tiny_values, {"pretrain": {"accumulation_steps": 2}}))
+
+
+def test_a_step_too_large_for_memory_names_the_settings_that_help(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(2**50), images  # a petabyte: refused by the allocator
+
+    monkeypatch.setattr(pretrain, "make_rotation_batch", too_large)
+    request = request_of({"pretrain": {"accumulation_steps": 3}})
+    with pytest.raises(OutOfMemoryError, match="one of 9 images in 3 part") as error:
+        run_stage(request, pretrain.compute)
+    assert "pretrain.accumulation_steps=6" in str(error.value)
+    assert "pretrain.batch_size" in str(error.value)
+
+
+def test_an_error_that_is_not_about_memory_stays_what_it_is(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong_shape(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[:, :2], torch.zeros(len(images), dtype=torch.int64)
+
+    monkeypatch.setattr(pretrain, "make_rotation_batch", wrong_shape)
+    with pytest.raises(Exception, match="channel"):
+        run_stage(request_of(), pretrain.compute)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"pretrain": {"base_lr": 0.5}}, "pretrain.base_lr is 0.002 there and 0.5 here"),
+        ({"model": {"depth": 3}}, "model.depth is 2 there and 3 here"),
+        ({"data": {"crop_margin": 0.5}}, "digest of data is '"),
+    ],
+)
+def test_a_checkpoint_copied_from_another_run_is_refused_with_the_difference(
+    request_of: RequestOf, changes: dict[str, Any], difference: str
+) -> None:
+    ours, theirs = request_of(changes), request_of()
+    with pytest.raises(Stopped):
+        run_stage(theirs, pretrain.compute, StopAfter(4))
+    shutil.copytree(theirs.directory / store.CHECKPOINTS, ours.directory / store.CHECKPOINTS)
+    with pytest.raises(CheckpointError) as error:
+        run_stage(ours, pretrain.compute)
+    assert difference in str(error.value)
+    assert checkpoint_bytes(ours) == checkpoint_bytes(theirs), "refused, not touched"
+
+
+def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, whole = request_of(), request_of(outputs="whole")
+    run_stage(whole, pretrain.compute)
+    original = CheckpointWriter.submit
+
+    def delete_first(self: CheckpointWriter, snapshot: Any) -> None:
+        self.wait()
+        shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
+        original(self, snapshot)
+
+    monkeypatch.setattr(CheckpointWriter, "submit", delete_first)
+    run_stage(request, pretrain.compute)
+    assert weights_sha256(request) == weights_sha256(whole)
+    assert store.newest_step(request.directory) == 18
+
+
+def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
+    run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
+) -> None:
+    sums = []
+    for outputs, every in ((tmp_path / "whole", 10**6), (tmp_path / "cut", 4)):
+        results = run_stages(tiny_settings, outputs, "linear_probe")
+        request = store.make_request(STAGES["finetune_2"], tiny_settings, outputs, results)
+        stops, result = 0, None
+        while result is None:
+            try:
+                result = run_stage(request, finetune.compute, StopAfter(every))
+            except (Stopped, InterruptedError):
+                stops += 1
+        assert (stops > 2) == (every == 4)
+        sums.append((weights_sha256(request), metrics(request), result.scores))
+    assert sums[0] == sums[1]
