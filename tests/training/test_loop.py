@@ -1,4 +1,4 @@
-"""The training loop on a few drawn images: exact resumes, bad steps, memory, foreign checkpoints."""
+"""The training loop on a few drawn images: exact resumes, bad steps, memory, foreign states."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.randomness import derive_seed
-from training import checkpoint, finetune, pretrain, store
+from training import checkpoint, evaluation, finetune, pretrain, store
 from training.checkpoint_writer import CheckpointWriter
 from training.errors import CheckpointError, DivergedError, OutOfMemoryError
 from training.runner import run_stage
@@ -111,9 +111,9 @@ def test_precision_and_compilation_are_not_without_effect(request_of: RequestOf)
     assert weights_sha256(plain) != weights_sha256(other)
 
 
-@pytest.mark.parametrize("evaluation", [1, 2, 3, 4])
+@pytest.mark.parametrize("crashing", [1, 2, 3, 4])
 def test_a_crash_in_an_evaluation_changes_nothing(
-    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, evaluation: int
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, crashing: int
 ) -> None:
     """1 to 3 are on val at the ends of the epochs, 4 is on test after the last one."""
     whole, cut = request_of(outputs="whole"), request_of(outputs="cut")
@@ -123,7 +123,7 @@ def test_a_crash_in_an_evaluation_changes_nothing(
     def crash(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == evaluation:
+        if calls == crashing:
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
