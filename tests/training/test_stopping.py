@@ -1,0 +1,83 @@
+"""Signals to real processes: once is a request, twice is at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from training.stopping import EXIT_RESUME, Stopped
+
+LISTENER = """
+import os, sys, time
+from training.stopping import StopRequest
+
+stop = StopRequest()
+stop.listen(parent=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+print("ready", flush=True)
+deadline = time.monotonic() + 20
+while not stop and time.monotonic() < deadline:
+    time.sleep(0.01)
+print("asked" if stop else "not asked", flush=True)
+time.sleep(float(os.environ.get("SAVING_SECONDS", "0")))
+print("saved", flush=True)
+"""
+
+
+def listener(*arguments: str, saving_seconds: float = 0) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTENER, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SAVING_SECONDS": str(saving_seconds)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_is_a_request_and_the_process_goes_on(number: int) -> None:
+    process = listener()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert output == "asked\nsaved\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_one_within_ten_seconds_stops_at_once(number: int) -> None:
+    process = listener(saving_seconds=20)
+    process.send_signal(number)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n"
+    started = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert output == ""
+    assert process.returncode == -number
+    assert time.monotonic() - started < 5
+
+
+def test_a_parent_that_died_before_the_process_listened_counts_too() -> None:
+    process = listener("1")  # not our number: whoever started it is gone
+    output, _ = process.communicate(timeout=20)
+    assert output == "asked\nsaved\n"
+
+
+def test_a_parent_that_lives_is_no_request() -> None:
+    process = listener(str(os.getpid()))
+    assert process.stdout is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    assert process.communicate(timeout=20)[0] == "asked\nsaved\n"
+
+
+def test_the_message_says_from_where_a_resume_starts() -> None:
+    assert "after step 7; the same command resumes there" in str(Stopped(7, saved_step=7))
+    assert "resumes from step 4" in str(Stopped(7, saved_step=4)), "the last save failed"
+    assert "resumes from the beginning" in str(Stopped(7, saved_step=None))
+    assert EXIT_RESUME == 75
