@@ -52,20 +52,22 @@ def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
     return verdict.result or result
 
 
-def compute_here(request: StageRequest) -> StageResult:
-    """Run a short stage in this process. Imports torch only if there is something to compute."""
+def compute(request: StageRequest) -> StageResult:
+    """Return a stage's result: the one that is there, or a new one.
+
+    Long stages run in a process of their own. Torch is imported here only if a short one must be
+    computed.
+    """
+    stage = STAGES[request.stage]
+    if stage.in_child:
+        return run_in_child(request)
     verdict = store.inspect(request)
     if verdict.result:
         return verdict.result
     from training.runner import run_stage
 
-    module = import_module(f"training.{STAGES[request.stage].module or request.stage}")
+    module = import_module(f"training.{stage.module or stage.name}")
     return run_stage(request, module.compute)
-
-
-def compute_in_child(request: StageRequest) -> StageResult:
-    """Run a long stage in a process of its own, if there is something to compute."""
-    return run_in_child(request)
 
 
 def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:

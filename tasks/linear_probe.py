@@ -1,10 +1,10 @@
 """The linear probe as a Prefect task."""
 
-from tasks.delivery import compute_here, stage_task
+from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
 @stage_task
 def linear_probe(request: StageRequest) -> StageResult:
     """Train a linear head on the frozen backbone, and on a random one."""
-    return compute_here(request)
+    return compute(request)

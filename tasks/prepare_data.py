@@ -1,10 +1,10 @@
 """Preparation as a Prefect task."""
 
-from tasks.delivery import compute_here, stage_task
+from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
 @stage_task
 def prepare_data(request: StageRequest) -> StageResult:
     """Decode, crop and store images; a retry keeps the shards that are finished."""
-    return compute_here(request)
+    return compute(request)

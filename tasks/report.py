@@ -1,10 +1,10 @@
 """The report as a Prefect task."""
 
-from tasks.delivery import compute_here, stage_task
+from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
 @stage_task
 def report(request: StageRequest) -> StageResult:
     """Draw the tables and figures of all stages as one page."""
-    return compute_here(request)
+    return compute(request)

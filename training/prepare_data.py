@@ -2,6 +2,7 @@
 
 from data.prepare import prepare
 from data.sources import open_source
+from training import runner
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.store import data_source
@@ -11,11 +12,20 @@ def compute(context: StageContext) -> StageOutcome:
     """Prepare the images of a source; finished shards of an earlier attempt are kept."""
     settings = context.settings
     source, test_source = data_source(context.request.stage, settings)
+
+    def report(done: int, total: int) -> None:
+        context.progress(done, total, "images")
+        if context.stop:
+            raise InterruptedError(
+                f"Stopped after {done:,} of {total:,} images; finished parts are kept, the same "
+                "command goes on after them."
+            )
+
     manifest = prepare(
         open_source(source, test_source),
         context.directory,
         side=settings.prepared_size,
-        report=lambda done, total: context.progress(done, total, "images"),
+        report=report,
         workers=settings.hardware.threads or available_processors(),
         max_skipped=settings.data.max_skipped,
     )
@@ -35,3 +45,7 @@ def compute(context: StageContext) -> StageOutcome:
         made=["manifest.json"],
         digest=manifest.fingerprint,
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -68,12 +68,14 @@ _ALL = (
         summary="Decode, crop and store the images to pretrain on.",
         reads=(),  # what it depends on is the content of the sources: see store.make_request
         needs=lambda settings: {},
+        in_child=True,
     ),
     Stage(
         name="prepare_transfer_data",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=lambda settings: {},
+        in_child=True,
         module="prepare_data",
         directory="prepare_data",
     ),

@@ -1,0 +1,95 @@
+"""A whole run that is asked to stop: its stage saves, and the same command goes on from there."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from training import store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def command(tiny_values: dict[str, Any], tmp_path: Path) -> list[str]:
+    """A pretraining that takes for ever, with no checkpoint until it is asked to stop."""
+    values = {
+        **tiny_values,
+        "pretrain": {**tiny_values["pretrain"], "epochs": 100_000},
+        "checkpoint": {"every_seconds": 3600},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    outputs = str(tmp_path / "outputs")
+    rotvit = [sys.executable, "-m", "flows.cli"]
+    return [*rotvit, "pretrain", "--config", str(config), "--outputs", outputs]
+
+
+def wait_for_training(outputs: Path) -> Path:
+    """Return the stage's directory once its first epoch is done."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in outputs.glob("pretrain/*/metrics.jsonl"):
+            if "val/loss" in path.read_text():
+                return path.parent
+        time.sleep(0.1)
+    raise AssertionError("the training did not begin")
+
+
+def newest_step(directory: Path) -> int:
+    step = store.newest_step(directory)
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_it_saves_stops_and_goes_on(
+    command: list[str], tmp_path: Path, number: int, code: int
+) -> None:
+    reached: list[int] = []
+    for _ in range(2):
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        directory = wait_for_training(tmp_path / "outputs")
+        if reached:  # the second run has to get beyond the first one
+            metrics = directory / "metrics.jsonl"
+            size = metrics.stat().st_size
+            while metrics.stat().st_size <= size:
+                time.sleep(0.05)
+        children = psutil.Process(run.pid).children(recursive=True)
+        started = time.monotonic()
+        run.send_signal(number)
+        _, errors = run.communicate(timeout=60)
+        assert time.monotonic() - started < 30
+        assert run.returncode == code, errors
+        assert "The same command resumes" in errors
+        psutil.wait_procs(children, timeout=30)
+        assert not any(child.is_running() for child in children), "a child was left behind"
+        reached.append(newest_step(directory))
+    assert reached[1] > reached[0]
+    log = next((tmp_path / "outputs").glob("runs/*/log.txt")).read_text()
+    assert f"resumes from step {reached[0]}" in log
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_save(command: list[str], tmp_path: Path) -> None:
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for_training(tmp_path / "outputs")
+    child = next(
+        child
+        for child in psutil.Process(run.pid).children(recursive=True)
+        if "training.pretrain" in child.cmdline()
+    )
+    os.kill(child.pid, signal.SIGSTOP)  # as if its step took for ever
+    run.send_signal(signal.SIGINT)
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    os.kill(child.pid, signal.SIGCONT)
+    run.communicate(timeout=30)
+    assert run.returncode == 130
+    child.wait(timeout=10)
