@@ -328,9 +328,9 @@ def _server_is_configured() -> bool:
 
 def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:
     """Yield stage, state and why, in words, in the order in which stages run."""
-    from flows.display import scores_in_words
     from training import store
     from training.store import StageResult
+    from training.wording import scores_in_words
 
     results: dict[str, StageResult] = {}
     directories = set()

@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.text import Text
 from training import progress
 from training.presets import Preset
 from training.progress import Progress
+from training.wording import Pace, duration, scores_in_words, stage_title
 
 LOGGERS = ("flows", "tasks", "training", "models", "data")
 """Loggers whose lines are shown."""
@@ -28,44 +28,6 @@ belongs in the log file."""
 
 LINE_EVERY_SECONDS = 10.0
 """Shortest time between two lines of progress where there is no terminal to draw bars on."""
-
-PACE_OVER_SECONDS = 60.0
-"""The pace is taken over this much time, so that it follows the machine's load."""
-
-
-class Pace:
-    """How fast a count rises, from what was reported in the last minute.
-
-    What was done before the first report (a resumed stage begins in the middle) does not count.
-    """
-
-    def __init__(self) -> None:
-        self._reports: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, done: int) -> None:
-        """Take a report in; one that goes back starts the count anew."""
-        if self._reports and done < self._reports[-1][1]:
-            self._reports.clear()
-        self._reports.append((now, done))
-        while now - self._reports[0][0] > PACE_OVER_SECONDS and len(self._reports) > 2:
-            self._reports.popleft()
-
-    @property
-    def per_second(self) -> float | None:
-        """Units per second; none before it can be known."""
-        if not self._reports:
-            return None
-        (began, first), (ended, last) = self._reports[0], self._reports[-1]
-        return (last - first) / (ended - began) if ended > began and last > first else None
-
-    def words(self, done: int, total: int, unit: str) -> str:
-        """Return rate and time left, or nothing where they are not known."""
-        rate = self.per_second
-        if rate is None:
-            return ""
-        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        left = f", {duration((total - done) / rate)} left" if done < total else ""
-        return f"{speed} {unit}/s{left}"
 
 
 @contextmanager
@@ -139,46 +101,6 @@ def closing_paths(results: Mapping[str, Any], outputs: Path) -> Iterator[tuple[s
         copy = run / "report" / "index.html"
         original = Path(results["stages"]["report"]["directory"]) / "index.html"
         yield "report", copy if copy.is_file() else original
-
-
-def stage_title(name: str) -> str:
-    """Return a stage's name as the command line writes it."""
-    return name.replace("_", "-")
-
-
-def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
-    """Say what a stage measured.
-
-    Args:
-        name: The stage's.
-        row: Its scores, by the names in `results.json`.
-    """
-    if name.startswith("prepare"):
-        counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
-        skipped = row.get("skipped", 0)
-        return f"{counts} images" + (f" ({skipped:,} skipped)" if skipped else "")
-    if name == "feature_analysis":
-        best = max(row["layers"], key=lambda layer: float(layer["top1"]))
-        return f"best at {best['name']}: top-1 {best['top1']:.2f}"
-    if "rotation_accuracy" in row:
-        return f"rotation accuracy {row['rotation_accuracy']:.2f}"
-    if "random_backbone_top1" in row:
-        return f"top-1 {row['top1']:.2f} (random backbone {row['random_backbone_top1']:.2f})"
-    return f"top-1 {row['top1']:.2f}" if "top1" in row else ""
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: `9 s`, `2 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(whole / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(whole / 3600)
-    return f"{hours // 24} d {hours % 24} h"
 
 
 class _BarPerStage:
