@@ -1,5 +1,6 @@
 # make demo    set up, then run the default preset: from nothing to a table of results
 # make test    set up, then run every check
+# make ui      set up, then Prefect's server, worker and UI on this machine
 # make check   the same checks in the environment that is active (or .venv)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,13 +9,16 @@ BIN := .venv/bin
 IN_VENV := $(wildcard $(BIN)/python)
 RUN = $(if $(IN_VENV),$(BIN)/,)
 
-.PHONY: demo test check fast clean
+.PHONY: demo test ui check fast clean
 
 demo: .venv/installed
 	$(BIN)/rotvit run
 
 test: .venv/installed-dev
 	$(MAKE) check RUN=$(BIN)/
+
+ui: .venv/installed
+	$(BIN)/python -m flows.service
 
 check:
 	$(RUN)ruff format --check .

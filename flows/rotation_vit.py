@@ -1,11 +1,16 @@
 """The flow: prepare, pretrain, probe, fine-tune, compare, analyse, report."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
+from flows.hooks import close_orphans, close_own_orphans, note_end
+from flows.parameters import RunParameters, run_name
+from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
 from tasks.feature_analysis import feature_analysis
 from tasks.finetune import finetune
@@ -35,28 +40,72 @@ TASKS: dict[str, StageTask] = {
 }
 """The task that delivers each stage, in the order in which they run."""
 
+MOST_RUNS = 6
+"""Times that Prefect may start the same flow run, the first one included, before it is left to a
+person: a run tagged `auto-resume` that crashes again and again."""
 
-@flow(name="rotation-vit", flow_run_name="{settings.preset}-seed{settings.seed}")
+ENDS_BADLY: dict[str, Any] = {
+    "on_failure": [note_end],
+    "on_crashed": [note_end, close_orphans],
+    "on_cancellation": [note_end, close_orphans],
+}
+"""Hooks of every flow."""
+
+
+class CrashedTooOftenError(RuntimeError):
+    """A flow run has been started again so often that it seems pointless."""
+
+
+@flow(name="rotation-vit", flow_run_name=run_name, **ENDS_BADLY)
 def rotation_vit(
     settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
     outputs: Path = Path("outputs"),
+    overrides: Sequence[str] = (),
     until: str | None = None,
-    refresh: tuple[str, ...] = (),
+    refresh: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Pretrain a Vision Transformer by rotation prediction and measure what it learned.
 
     Stages that are done are cached, one that was interrupted resumes.
 
     Args:
-        settings: Everything that the run depends on.
+        settings: Everything that the run depends on; given as a whole, or not at all.
         outputs: Folder of everything that is written.
+        overrides: Single settings laid over the others, as path.to.setting=value.
         until: Last stage to run, with what it needs; by default all of them.
         refresh: Stages to compute again from the beginning.
 
     Returns:
         The content of the run's `results.json`.
     """
-    outputs = outputs.expanduser().resolve()
+    given = RunParameters(settings=settings, overrides=overrides, outputs=outputs)
+    return run_stages(*given.resolved(), until=until, refresh=refresh)
+
+
+def run_stages(
+    settings: Settings, outputs: Path, *, until: str | None = None, refresh: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run stages in order, inside a flow run.
+
+    Args:
+        settings: Everything that the run depends on.
+        outputs: Absolute.
+        until: Last stage to run, with what it needs; none for all of them.
+        refresh: Stages to compute again from the beginning.
+
+    Returns:
+        The content of the run's `results.json`.
+
+    Raises:
+        CrashedTooOftenError: If Prefect has started this flow run `MOST_RUNS` times.
+    """
+    if (flow_run.run_count or 0) > MOST_RUNS:
+        raise CrashedTooOftenError(
+            f"This flow run has been started {flow_run.run_count} times, and may be {MOST_RUNS} "
+            "times. Look at why it crashes, then run the deployment again: it resumes."
+        )
+    if (flow_run.run_count or 0) > 1:
+        close_own_orphans()
     preflight.check(settings, outputs, until)
     again = {stage_named(name).name for name in refresh}
     if settings.tracking.wandb == "auto" and wandb_mode(settings.tracking) == "disabled":
@@ -65,9 +114,11 @@ def rotation_vit(
     try:
         for stage in plan(settings, until):
             request = store.make_request(stage, settings, outputs, record.stages, record.name)
+            record.begin(request)
             if stage.name in again:
                 store.discard(request)
             record.add(deliver(TASKS[stage.name], request))
+            publish(record.results(), stage.name, record.directory)
     except BaseException:
         record.write(state="failed")
         raise

@@ -6,6 +6,8 @@ the other. Prefect does not look whether the files that a record names are sound
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
 from tasks.child_process import StageStoppedError, run_in_child
+from tasks.gpu_slot import gpu_slot
+from tasks.live_status import live_status
 from training import store
 from training.errors import USER_ERRORS
 from training.stages import STAGES
@@ -25,6 +29,9 @@ RETRIES = 2
 """Attempts after the first one; each goes on from the newest checkpoint."""
 
 RETRY_DELAY_SECONDS = 5
+
+WAITING = ("Waiting for GPU", "Another run is training; this one goes on when it is done.")
+"""Name and message of the state of a task run that waits for the slot."""
 
 
 def stage_task(function: Callable[[StageRequest], StageResult]) -> StageTask:
@@ -58,12 +65,15 @@ def compute(request: StageRequest) -> StageResult:
     Long stages run in a process of their own. Torch is imported here only if a short one must be
     computed.
     """
+    found = store.inspect(request).result
+    if found:
+        return found
     stage = STAGES[request.stage]
-    if stage.in_child:
-        return run_in_child(request)
-    verdict = store.inspect(request)
-    if verdict.result:
-        return verdict.result
+    with live_status(request) as status, ExitStack() as slot:
+        if stage.trains and status:
+            slot.enter_context(gpu_slot(partial(status.name_state, *WAITING)))
+        if stage.in_child:
+            return run_in_child(request)
     from training.runner import run_stage
 
     module = import_module(f"training.{stage.module or stage.name}")

@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
@@ -81,6 +81,13 @@ class Drawing:
     svg: str
     alt: str
     caption: str
+    figure: Figure = field(repr=False, compare=False)
+
+    def png(self) -> bytes:
+        """Return the figure as a picture on white, for places that show no SVG."""
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format="png", dpi=110, facecolor="white")
+        return stream.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +340,11 @@ def _add_line(axes: Axes, line: _Line) -> None:
 def _columns(
     rows: Sequence[Mapping[str, float]], key: str
 ) -> list[tuple[list[float], list[float]]]:
-    """Return one pair of epochs and values of the rows that have a key, or none."""
-    found = [(row["epoch"], row[key]) for row in rows if key in row]
+    """Return one pair of epochs and values of the rows that have a value, or none.
+
+    The loss of a skipped step is null.
+    """
+    found = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     return [([epoch for epoch, _ in found], [value for _, value in found])] if found else []
 
 
@@ -357,7 +367,8 @@ def _draw(figure: Figure, *, name: str, alt: str, caption: str) -> Drawing:
     for size in ("width", "height"):  # the page decides; viewBox keeps the proportions
         root.attrib.pop(size)
     root.attrib |= {"role": "img", "aria-label": alt}
-    return Drawing(svg=ElementTree.tostring(root, encoding="unicode"), alt=alt, caption=caption)
+    svg = ElementTree.tostring(root, encoding="unicode")
+    return Drawing(svg=svg, alt=alt, caption=caption, figure=figure)
 
 
 def _adapt(key: str, value: str, name: str) -> str:

@@ -224,8 +224,16 @@ class _Run:
         if self.state.skipped_steps:
             metrics["train/skipped_steps"] = self.state.skipped_steps
         self.tracker.log(metrics, step=step, epoch=epoch)
+        self._report(f"epoch {math.ceil(epoch)}, loss {loss:.3f}")
+
+    def _report(self, detail: str) -> None:
+        samples = self.state.step * self.task.samples_per_step
         self.context.progress(
-            step, self.total_steps, "steps", f"epoch {math.ceil(epoch)}, loss {loss:.3f}"
+            self.state.step,
+            self.total_steps,
+            "steps",
+            f"{detail}, {samples:,} samples",
+            resumed_from=self.state.resumed_from or 0,
         )
 
     def _check_guard(self) -> None:
@@ -323,6 +331,7 @@ class _Run:
             wall_seconds_before=plain["wall_seconds"],
         )
         logger.info("%s resumes from step %d.", self.context.request.stage, saved.step)
+        self._report("resumed")
 
     def _count_time(self) -> None:
         elapsed = time.monotonic() - self.started

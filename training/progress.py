@@ -19,6 +19,7 @@ class Progress:
         total: Units in all.
         unit: What is counted, in the plural.
         detail: What else is worth seeing: epoch, loss, rate.
+        resumed_from: Units that earlier attempts had finished.
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Progress:
     total: int
     unit: str
     detail: str = ""
+    resumed_from: int = 0
 
 
 Listener = Callable[[Progress], None]

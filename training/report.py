@@ -4,7 +4,6 @@ It shows what is in the stages' `result.json` and `metrics.jsonl` and computes n
 a stage that did not run is left out.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from training.probes import wilson_interval
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings, flatten
 from training.store import StageResult, write_atomically
+from training.tracking import read_metrics
 
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""
@@ -113,10 +113,12 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
         scores=scores,
         chance=chance,
         score_chart=figures.score_chart(bars, chance=chance) if bars else None,
-        pretraining_charts=figures.pretraining_charts(_metrics(pretrain) if pretrain else []),
+        pretraining_charts=figures.pretraining_charts(
+            read_metrics(pretrain.directory) if pretrain else []
+        ),
         transfer_chart=figures.transfer_chart(
             {
-                TITLES[name]: _metrics(results[name])
+                TITLES[name]: read_metrics(results[name].directory)
                 for name in _TRAINED_ON_LABELS
                 if name in results
             },
@@ -269,19 +271,6 @@ def _times(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
                 "rate": results[name].timing.get("samples_per_second"),
                 "finished": _moment(results[name].environment.get("finished_at", "")),
             }
-
-
-def _metrics(result: StageResult) -> list[dict[str, float]]:
-    path = result.directory / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # a line that a power cut left unfinished
-    return rows
 
 
 def _plain(value: Any) -> str:

@@ -5,8 +5,10 @@
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from training import store
 from training.settings import Settings, to_yaml
 from training.stages import plan
-from training.store import StageResult, digest_of, write_atomically
+from training.store import StageRequest, StageResult, digest_of, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -34,7 +36,14 @@ class RunRecord:
         self.name = run_name(settings)
         self.directory = outputs / "runs" / self.name
         self.stages: dict[str, StageResult] = {}
+        self._outputs = outputs
         self._started = _now()
+        self._places: dict[str, str] = {}
+        self.write(state="running")
+
+    def begin(self, request: StageRequest) -> None:
+        """Record that a stage is next, before it does anything."""
+        self._places[request.stage] = str(request.directory.relative_to(self._outputs))
         self.write(state="running")
 
     def add(self, result: StageResult) -> None:
@@ -53,6 +62,8 @@ class RunRecord:
             "state": state,
             "seed": self.settings.seed,
             "command": ["rotvit", *sys.argv[1:]],
+            "resume": resume_command(self.directory, self._outputs),
+            "directories": self._places,
             "started_at": self._started,
             "written_at": _now(),
             "commit": _commit(),
@@ -81,6 +92,52 @@ class RunRecord:
             },
             "stages": {name: _row(result) for name, result in self.stages.items()},
         }
+
+
+def note_end(
+    settings: Settings, outputs: Path, *, state: str, message: str
+) -> dict[str, Any] | None:
+    """Write into `run.json` how a run ended that could not write it itself.
+
+    Args:
+        settings: Of the run.
+        outputs: Its outputs folder.
+        state: How it ended: failed, crashed or cancelled.
+        message: Why, in words.
+
+    Returns:
+        What was added: state, message, newest checkpoint and the command that resumes. None
+        where there is no record.
+    """
+    directory = outputs / "runs" / run_name(settings)
+    try:
+        facts = json.loads((directory / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    added = {
+        "state": state,
+        "message": message,
+        "last_checkpoint": _newest_checkpoint(outputs, facts["directories"]),
+        "resume": resume_command(directory, outputs),
+        "written_at": _now(),
+    }
+    _write_json(directory / "run.json", {**facts, **added})
+    return added
+
+
+def resume_command(directory: Path, outputs: Path) -> str:
+    """Return the command that goes on with the run recorded in `directory`."""
+    config = shlex.quote(str(directory / "config.yaml"))
+    return f"rotvit run --config {config} --outputs {shlex.quote(str(outputs))}"
+
+
+def _newest_checkpoint(outputs: Path, keys: Mapping[str, str]) -> str | None:
+    """Return the newest checkpoint of the last stage of a run that has any."""
+    for place in reversed(list(keys.values())):
+        step = store.newest_step(outputs / place)
+        if step is not None:
+            return str(outputs / place / store.CHECKPOINTS / f"step-{step:08d}")
+    return None
 
 
 def record_if_all_cached(

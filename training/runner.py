@@ -88,9 +88,12 @@ class StageContext:
             self.directory, self.settings.hardware, embed_dim=self.settings.model.embed_dim
         )
 
-    def progress(self, done: int, total: int, unit: str, detail: str = "") -> None:
+    def progress(
+        self, done: int, total: int, unit: str, detail: str = "", resumed_from: int = 0
+    ) -> None:
         """Report how far the stage is."""
-        progress.report(progress.Progress(self.request.stage, done, total, unit, detail))
+        stage = self.request.stage
+        progress.report(progress.Progress(stage, done, total, unit, detail, resumed_from))
 
 
 Compute = Callable[[StageContext], StageOutcome]

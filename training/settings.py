@@ -325,6 +325,28 @@ def build_settings(
     return validate(given)
 
 
+def override(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """Return settings with some of them changed.
+
+    Args:
+        settings: Complete; its preset has been laid under it already.
+        overrides: `path.to.setting=value`, as `--set` takes them; later ones win.
+
+    Raises:
+        ConfigError: If one of them is no setting, or has a value that it cannot have.
+    """
+    given: dict[str, Any] = settings.model_dump()
+    for text in overrides:
+        change = _parse_override(text)
+        if "preset" in change:
+            raise ConfigError(
+                f"overrides change single settings, not the preset they are laid over; got "
+                f"{text!r}. Choose the preset with settings.preset, or the deployment of its name."
+            )
+        given = merge(given, change)
+    return validate(given)
+
+
 def validate(given: Mapping[str, Any]) -> Settings:
     """Build settings from nested plain values.
 

@@ -28,6 +28,7 @@ class Stage:
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
         in_child: Whether it runs in a process of its own (long, and wants to be stopped).
+        trains: Whether it is a long training, of which a GPU takes one at a time.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
     """
@@ -38,6 +39,7 @@ class Stage:
     needs: Callable[["Settings"], Mapping[str, str]]
     version: int = 1
     in_child: bool = False
+    trains: bool = False
     module: str = ""
     directory: str = ""
 
@@ -85,6 +87,7 @@ _ALL = (
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
         needs=lambda settings: {"data": "prepare_data"},
         in_child=True,
+        trains=True,
     ),
     Stage(
         name="linear_probe",
@@ -98,6 +101,7 @@ _ALL = (
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         in_child=True,
+        trains=True,
         module="finetune",
     ),
     Stage(
@@ -106,6 +110,7 @@ _ALL = (
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=_needs_finetune_2,
         in_child=True,
+        trains=True,
         module="finetune",
     ),
     Stage(
@@ -114,6 +119,7 @@ _ALL = (
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"data": transfer_data(settings)},
         in_child=True,
+        trains=True,
     ),
     Stage(
         name="feature_analysis",

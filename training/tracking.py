@@ -26,6 +26,9 @@ PROJECTS = {"feature_analysis": "vit-feature-analysis"}
 
 PROJECT = "vit-self-supervised-rotation"
 
+METRICS = "metrics.jsonl"
+"""File of a stage's metrics, one JSON object a line."""
+
 _TIMEOUT_SECONDS = 10
 
 
@@ -36,7 +39,7 @@ class Tracker:
     """
 
     def __init__(self, context: "StageContext", *, position: int | None) -> None:
-        self._path = context.directory / "metrics.jsonl"
+        self._path = context.directory / METRICS
         self._path.touch()
         # Lines after the checkpoint belong to steps that are taken again.
         os.truncate(self._path, min(position or 0, self._path.stat().st_size))
@@ -78,6 +81,20 @@ class Tracker:
                 self._wandb.finish(exit_code=0 if kind is None else 1)
             except Exception as problem:  # as above
                 logger.warning("W&B run could not be finished: %s", problem)
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a stage's `metrics.jsonl`; none where it has not got one."""
+    path = directory / METRICS
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # a line that a power cut left unfinished
+    return rows
 
 
 def open_wandb(context: "StageContext") -> Any:

@@ -1,0 +1,33 @@
+"""A flow of its own for the feature analysis: what people schedule alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.parameters import RunParameters, run_name
+from flows.rotation_vit import ENDS_BADLY, run_stages
+from training.settings import Settings
+
+
+@flow(name="feature-analysis", flow_run_name=run_name, **ENDS_BADLY)
+def analyse_features(
+    settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
+    outputs: Path = Path("outputs"),
+    overrides: Sequence[str] = (),
+    refresh: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Score every layer of the pretrained backbone, with what that needs.
+
+    Args:
+        settings: Everything that the run depends on; given as a whole, or not at all.
+        outputs: Folder of everything that is written.
+        overrides: Single settings laid over the others, as path.to.setting=value.
+        refresh: Stages to compute again from the beginning.
+
+    Returns:
+        The content of the run's `results.json`.
+    """
+    given = RunParameters(settings=settings, overrides=overrides, outputs=outputs)
+    return run_stages(*given.resolved(), until="feature_analysis", refresh=refresh)

@@ -1,0 +1,38 @@
+"""What a flow run is given, and the settings that follow from it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect.runtime import flow_run
+from pydantic import BaseModel
+
+from training.settings import ConfigError, Settings, override
+
+
+class RunParameters(BaseModel):
+    """Parameters that all flows have in common."""
+
+    settings: Settings = Settings()
+    overrides: Sequence[str] = ()
+    outputs: Path = Path("outputs")
+
+    def resolved(self) -> tuple[Settings, Path]:
+        """Return the settings with the overrides, and the outputs folder, absolute.
+
+        Raises:
+            ConfigError: If an override is no setting or has a value that it cannot have.
+        """
+        return override(self.settings, self.overrides), self.outputs.expanduser().resolve()
+
+
+def run_name() -> str:
+    """Return the name of the current flow run: preset, data and seed."""
+    given: dict[str, Any] = flow_run.parameters
+    try:
+        common = {name: given[name] for name in RunParameters.model_fields if name in given}
+        settings, _ = RunParameters.model_validate(common).resolved()
+    except (ConfigError, ValueError):  # the run will fail on it, and say why
+        return "unusable settings"
+    source = settings.data.source.rpartition("/")[2]
+    return f"{settings.preset} · {source} · seed {settings.seed}"

@@ -1,0 +1,216 @@
+"""Prefect on this machine: a server with its UI, what the flows need on it, and a worker.
+
+`make ui` runs this module: `python -m flows.service`. Everything lies in the project's own
+`PREFECT_HOME`, `.prefect/`, and listens on the loopback interface only. Ctrl-C ends it; trainings
+that run then save their state and end too.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and main() sets them first
+    from prefect.automations import AutomationCore
+
+ROOT = Path(__file__).parents[1]
+
+HOST, PORT = "127.0.0.1", 4200
+
+POOL = "local"
+
+AUTO_RESUME = "auto-resume"
+"""Tag of flow runs that are started again when they crash."""
+
+HEARTBEAT_SECONDS = 30
+"""Time between two signs of life of a flow run; the shortest that Prefect allows."""
+
+SILENCE_SECONDS = 115
+"""Silence after which a flow run counts as crashed. A run whose server was away for a minute is
+silent for up to 90 seconds; somebody who waits should know within two minutes."""
+
+START_SECONDS = 120
+"""Longest time that the server may take to start."""
+
+
+def environment(home: Path, port: int) -> dict[str, str]:
+    """Return the environment of everything that talks to this server."""
+    return {
+        **os.environ,
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(port),  # or the UI looks for the API at 4200
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "3"),
+    }
+
+
+def set_up() -> None:
+    """Make the work pool, the GPU slot and the automations, or bring them up to date.
+
+    On the server of the environment. Doing it again changes nothing.
+    """
+    from prefect import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectNotFound
+
+    from tasks.gpu_slot import SLOT
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(POOL)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        try:
+            client.read_global_concurrency_limit_by_name(SLOT)  # its size is the user's
+        except ObjectNotFound:
+            client.upsert_global_concurrency_limit_by_name(SLOT, limit=1)
+        for automation in automations():
+            for old in client.read_automations_by_name(automation.name):
+                client.delete_automation(old.id)
+            client.create_automation(automation)
+
+
+def automations() -> list["AutomationCore"]:
+    """Return the automations: silent runs are crashed, crashed ones with the tag start again."""
+    from prefect.automations import AutomationCore, EventTrigger, Posture
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.events import ResourceSpecification
+
+    any_run = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+    tagged = ResourceSpecification(
+        {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{AUTO_RESUME}"}
+    )
+    return [
+        AutomationCore(
+            name="rotation-vit: crash silent runs",
+            description=f"No sign of life for {SILENCE_SECONDS} s: the process is gone.",
+            trigger=EventTrigger(
+                posture=Posture.Proactive,
+                after={"prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.*"},
+                match=any_run,
+                for_each={"prefect.resource.id"},
+                threshold=1,
+                within=timedelta(seconds=SILENCE_SECONDS),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED,
+                    message=f"No sign of life for {SILENCE_SECONDS} s. A new run resumes.",
+                )
+            ],
+        ),
+        AutomationCore(
+            name="rotation-vit: resume crashed runs",
+            description=f"Starts crashed flow runs tagged {AUTO_RESUME} again; they resume.",
+            trigger=EventTrigger(
+                posture=Posture.Reactive,
+                expect={"prefect.flow-run.Crashed"},
+                match=any_run,
+                match_related=tagged,
+                for_each={"prefect.resource.id"},
+                threshold=1,
+                within=timedelta(0),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.SCHEDULED,
+                    name="AwaitingRetry",
+                    message="Crashed; starts again by itself and resumes.",
+                )
+            ],
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start everything, print the address, and wait for Ctrl-C."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--home", type=Path, default=ROOT / ".prefect", help="PREFECT_HOME")
+    parser.add_argument("--port", type=int, default=PORT)
+    options = parser.parse_args(arguments)
+    if _answers(options.port):
+        _say(f"Port {options.port} is taken. Choose another one: --port {options.port + 1}")
+        return 2
+    os.environ |= environment(options.home.resolve(), options.port)
+    # SIGTERM ends the with blocks below as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _process("server", "start", "--host", HOST, "--port", str(options.port)) as server:
+            _wait_for(server, options.port)
+            set_up()
+            deploying = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+            subprocess.run(deploying, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            with _process("worker", "start", "--pool", POOL, "--type", "process") as worker:
+                _say(
+                    f"Prefect's UI: http://{HOST}:{options.port}\n"
+                    f"For other terminals: export PREFECT_API_URL=http://{HOST}:{options.port}/api\n"
+                    "Then, for example: prefect deployment run rotation-vit/drawn\n"
+                    "Ctrl-C ends server and worker; what trains saves its state."
+                )
+                while server.poll() is None and worker.poll() is None:
+                    time.sleep(0.5)
+                _say("The server or the worker has ended; see the lines above.")
+                return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+@contextmanager
+def _process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "prefect", *arguments]
+    # A session of its own: Ctrl-C ends the worker before the server it reports to.
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(port):
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"Prefect's server did not start within {START_SECONDS} s.")
+        time.sleep(0.5)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/api/health", timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
