@@ -20,7 +20,7 @@ What is injected here, what a test injects, and what nobody does, by the usual l
 | SIGTERM twice within ten seconds | here: `stop twice` |
 | SIGINT | tests/training/test_stopping.py; it takes the same way as SIGTERM |
 | the parent dies | here: `orphan`; tests/tasks/test_child_process.py |
-| first step, last step of an epoch, validation, after the end | tests/training/test_loop.py |
+| at the first step, the last of an epoch, in validation, after the end | test_loop.py there |
 | resumed twice and more in a row | here: every kind |
 | newest checkpoint cut, flipped, zeroed, edited, a file gone or too many | here: `damage` |
 | all checkpoints damaged | tests/training/test_checkpoint.py: an error, not a fresh start |
@@ -38,7 +38,8 @@ What is injected here, what a test injects, and what nobody does, by the usual l
 | memory taken by the kernel's killer | the same as SIGKILL |
 | too little shared memory, dead or hung loader workers | none: a thread reads the batches |
 | a rank that dies | not yet: training runs in one process |
-| preparation killed, a shard flipped, two builders at once | tests/data/test_prepare.py |
+| preparation killed, a shard flipped | tests/data/test_prepare.py |
+| two preparations at once | tests/training/test_prepare_data.py |
 | a pickle where a checkpoint should be | tests/training/test_checkpoint.py: never run |
 """
 
@@ -134,15 +135,6 @@ class Attempt:
                 self.code = os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
 
-    def listens(self) -> bool:
-        """Whether it catches SIGTERM: before, there is nothing to save."""
-        try:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-        except OSError:
-            return False
-        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
-        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
     def signal(self, number: int) -> None:
         """Send a signal, unless the attempt has ended."""
         if self.code is None:
@@ -187,13 +179,14 @@ class Try:
         """Folder of the checkpoints."""
         return self.request.directory / CHECKPOINTS
 
+    def sound_checkpoints(self) -> list[Path]:
+        """Return the checkpoints that a resume could start from, newest first."""
+        found = sorted(self.checkpoints.glob("step-*"), reverse=True)
+        return [path for path in found if "damaged" not in path.name and _is_sound(path)]
+
     def sound_steps(self) -> list[int]:
-        """Steps of the checkpoints that a resume could start from, newest first."""
-        found = []
-        for directory in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            if directory.name.removeprefix("step-").isdigit() and _is_sound(directory):
-                found.append(int(directory.name.removeprefix("step-")))
-        return found
+        """Return their steps."""
+        return [int(path.name.split("-")[1]) for path in self.sound_checkpoints()]
 
     def steps_taken(self) -> int:
         """Step of the last line of the metrics file."""
@@ -205,21 +198,27 @@ class Try:
         """Whether the run has a result."""
         return (self.request.directory / "result.json").is_file()
 
+    def check_nothing_lost(self) -> None:
+        """Raise if a step that was taken is in no checkpoint."""
+        if not self.is_done():
+            saved, taken = max(self.sound_steps(), default=0), self.steps_taken()
+            assert saved >= taken, f"step {taken} was taken, {saved} is saved"
+
     def count_lost(self) -> None:
         """Compare what was done with what is saved; called when a fault has hit."""
         if not self.is_done():
             self.lost = max(self.lost, self.steps_taken() - max(self.sound_steps(), default=0))
 
 
-def kill(run: Try) -> None:
+def kill(run: Try) -> bool:
     """SIGKILL at a random instant."""
     attempt = run.start()
     attempt.sleep(run.instant())
     attempt.signal(signal.SIGKILL)
-    attempt.wait()
+    return attempt.wait() == -signal.SIGKILL
 
 
-def kill_in_a_write(run: Try) -> None:
+def kill_in_a_write(run: Try) -> bool:
     """SIGKILL while a checkpoint is being written, slowly."""
     attempt = run.start(slow=True)
     for _ in range(run.random.randint(1, 6)):  # this many checkpoints on
@@ -228,21 +227,22 @@ def kill_in_a_write(run: Try) -> None:
     attempt.sleep(run.random.uniform(0, 0.1))
     attempt.signal(signal.SIGKILL)
     attempt.wait()
+    return _is_writing(run.checkpoints)  # it was: what it wrote is left behind
 
 
-def stop(run: Try) -> None:
+def stop(run: Try) -> bool:
     """SIGTERM: all steps are saved, and the exit status says so."""
     attempt = run.start()
-    attempt.until(attempt.listens)
+    attempt.until(lambda: _listens(attempt.pid))
     attempt.sleep(run.instant())
     attempt.signal(signal.SIGTERM)
     code = attempt.wait()
     assert code in (0, EXIT_RESUME), f"exit status {code}"
-    if not run.is_done():
-        assert max(run.sound_steps(), default=0) >= run.steps_taken(), "a step was lost"
+    run.check_nothing_lost()
+    return code == EXIT_RESUME
 
 
-def stop_twice(run: Try) -> None:
+def stop_twice(run: Try) -> bool:
     """SIGTERM, and again before it has stopped."""
     attempt = run.start(slow=True)
     attempt.sleep(run.instant())
@@ -251,9 +251,10 @@ def stop_twice(run: Try) -> None:
     attempt.signal(signal.SIGTERM)
     code = attempt.wait()
     assert code in (0, EXIT_RESUME, -signal.SIGTERM), f"exit status {code}"
+    return code != 0
 
 
-def orphan(run: Try) -> None:
+def orphan(run: Try) -> bool:
     """SIGKILL of the parent: the child saves and ends."""
     reading, writing = os.pipe()
 
@@ -267,16 +268,19 @@ def orphan(run: Try) -> None:
     child = int(os.read(reading, 20))
     os.close(reading)
     attempt = Attempt(pid, run.request)
+    attempt.until(lambda: _listens(child))
     attempt.sleep(run.instant())
     attempt.signal(signal.SIGKILL)
-    attempt.wait()
+    hit = attempt.wait() == -signal.SIGKILL
     deadline = time.monotonic() + WAIT_SECONDS / 2
     while _exists(child):
         assert time.monotonic() < deadline, "the orphan goes on"
         time.sleep(0.005)
+    run.check_nothing_lost()
+    return hit and not run.is_done()
 
 
-def damage(run: Try) -> None:
+def damage(run: Try) -> bool:
     """SIGKILL, and the newest checkpoint is damaged; there is an older one."""
     attempt = run.start()
     attempt.until(lambda: len(run.sound_steps()) >= checkpoint.KEEP)
@@ -285,8 +289,8 @@ def damage(run: Try) -> None:
     attempt.wait()
     sound = run.sound_steps()
     if run.is_done() or len(sound) < 2:
-        return
-    newest = run.checkpoints / f"step-{sound[0]:08d}"
+        return False
+    newest = run.sound_checkpoints()[0]
     path = run.random.choice(sorted(newest.iterdir()))
     content = path.read_bytes()
     place = run.random.randrange(len(content))
@@ -308,9 +312,10 @@ def damage(run: Try) -> None:
         (newest / "more.safetensors").write_bytes(content[:place])
     else:
         path.write_bytes(content)
+    return True
 
 
-def full_disk(run: Try) -> None:
+def full_disk(run: Try) -> bool:
     """Nothing larger than a few kilobytes can be written; then there is space again."""
     attempt = run.start(full=True)
     if run.random.random() < 0.5:
@@ -319,9 +324,10 @@ def full_disk(run: Try) -> None:
     code = attempt.wait()
     # To the end: the model cannot be written, and the message says so.
     assert code in (runner.EXIT_USER_ERROR, -signal.SIGKILL), f"exit status {code}"
+    return "cannot be saved" in _log(run.request).read_text()
 
 
-def two_at_once(run: Try) -> None:
+def two_at_once(run: Try) -> bool:
     """Two processes want the same; the one that computes is killed, the other takes over."""
     attempts = [run.start(), run.start()]
     attempts[0].sleep(run.instant())
@@ -329,21 +335,23 @@ def two_at_once(run: Try) -> None:
     victim.signal(signal.SIGKILL)
     codes = sorted(attempt.wait() for attempt in attempts)
     assert codes in ([-signal.SIGKILL, 0], [0, 0]), f"exit statuses {codes}"
+    return codes[0] != 0
 
 
-def clock(run: Try) -> None:
+def clock(run: Try) -> bool:
     """SIGKILL, leftovers of other killed writers, and files that seem to be of another time."""
-    kill(run)
-    if run.checkpoints.is_dir():
+    hit = kill(run) and run.checkpoints.is_dir()
+    if hit:
         leftover = run.checkpoints / f".tmp-{run.random.getrandbits(64):x}"
         leftover.mkdir()
         (leftover / "model.safetensors").write_bytes(b"half")
         for path in sorted(run.checkpoints.rglob("*")):
             when = run.random.uniform(0, 4e9)
             os.utime(path, (when, when))
+    return hit
 
 
-FAULTS: dict[str, Callable[[Try], None]] = {
+FAULTS: dict[str, Callable[[Try], bool]] = {
     "kill": kill,
     "kill in a write": kill_in_a_write,
     "stop": stop,
@@ -403,21 +411,21 @@ def main() -> int:
 
 
 def _try(
-    run: Try, fault: Callable[[Try], None], expected: dict[str, Any]
+    run: Try, fault: Callable[[Try], bool], expected: dict[str, Any]
 ) -> tuple[bool, bool, int]:
-    """Inject faults and finish; return whether it survived, whether identical, faults injected."""
+    """Inject faults and finish; return whether it survived, whether identical, faults that hit."""
     faults = 0
+    wanted = run.random.randint(1, 4)
     try:
-        for _ in range(run.random.randint(1, 4)):
-            if run.is_done():
-                break
-            fault(run)
-            faults += 1
+        while faults < wanted and not run.is_done():
+            faults += fault(run)
             run.count_lost()
         code = run.start().wait()
     except (AssertionError, TimeoutError) as error:
         print(f"{type(error).__name__}: {error}")
         return False, False, faults
+    finally:
+        _end_children()
     return code == 0, code == 0 and _result(run.request) == expected, faults
 
 
@@ -475,10 +483,18 @@ def _fork(function: Callable[[], int]) -> int:
         os._exit(code)
 
 
+def _end_children() -> None:
+    """Leave no process behind that writes to a folder which is about to go."""
+    for path in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, path.read_text().split()):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 def _slow_down_writes(seed: float) -> None:
     """Have every part of a save take up to 30 ms longer, so that a kill can hit between any two."""
     source = random.Random(seed)
-    for name in ("save_file", "sha256_of", "sync_directory", "_write_json", "_sync"):
+    for name in ("save_file", "sha256_of", "sync_path", "_write_json", "_sync"):
         original = getattr(checkpoint, name)
 
         def slowed(*arguments: Any, _original: Any = original) -> Any:
@@ -503,6 +519,16 @@ def _is_sound(directory: Path) -> bool:
         return False
 
 
+def _listens(pid: int) -> bool:
+    """Whether a process catches SIGTERM: before, there is nothing to save."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "x 0")
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def _exists(pid: int) -> bool:
     """Whether a process that is not our child runs; one that nobody has waited for does not."""
     try:
@@ -518,7 +544,7 @@ def _log(request: StageRequest) -> Path:
 
 def _print_table(rows: dict[str, Row], seconds: float) -> None:
     print(f"Checkpoints every {EVERY_STEPS} of 120 steps; {seconds:.0f} s in all.\n")
-    print("| fault | tries | survived | identical | faults | steps lost at most |")
+    print("| fault | tries | survived | identical | faults that hit | steps lost at most |")
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         if row.tries:

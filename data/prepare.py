@@ -211,7 +211,7 @@ def _write(
     try:
         count = write_pixels(path, usable(), side, most=part.count)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DatasetError(
             f"The disk of {directory} is full. Free some space and run the same command again; "

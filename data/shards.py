@@ -78,14 +78,18 @@ def write_pixels(path: Path, images: Iterable[NDArray[np.uint8]], side: int, mos
     """
     temporary = path.with_name(path.name + TEMPORARY)
     count = 0
-    with temporary.open("wb") as file:
-        _write_header(file, most, side)
-        for image in images:
-            file.write(image.tobytes())
-            count += 1
-        file.seek(0)
-        _write_header(file, count, side)
-        _flush_to_disk(file)
+    try:
+        with temporary.open("wb") as file:
+            _write_header(file, most, side)
+            for image in images:
+                file.write(image.tobytes())
+                count += 1
+            file.seek(0)
+            _write_header(file, count, side)
+            _flush_to_disk(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # or a full disk stays full
+        raise
     replace_durably(temporary, path)
     return count
 

@@ -17,7 +17,7 @@ from training import progress, store
 from training.errors import ERRORS_BY_NAME
 from training.lock import locked
 from training.stages import STAGES
-from training.stopping import EXIT_RESUME
+from training.stopping import EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
 
 logger = logging.getLogger("training.child")
@@ -42,7 +42,10 @@ def run_in_child(request: StageRequest) -> StageResult:
         StageFailedError: If it crashed or was killed.
         ValueError: A user's mistake, as the type that the child raised.
     """
-    with locked(store.lock_path(request), what=request.stage):
+    with (
+        store.full_disk_explained(request.outputs),
+        locked(store.lock_path(request), what=request.stage),
+    ):
         found = store.begin(request)
     if found:
         return found
@@ -91,14 +94,14 @@ def _follow(stream: IO[str]) -> dict[str, Any]:
 
 
 def _stop(child: subprocess.Popen[str]) -> None:
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(PARENT_STOPS)
     try:
         child.communicate(timeout=GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    except BaseException:  # asked again: the child is, too, and stops at once
-        child.send_signal(signal.SIGTERM)
+    except BaseException:  # asked again: at once. A checkpoint is complete or absent.
+        child.kill()
         raise
 
 
@@ -114,6 +117,11 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
         raise StageFailedError(f"{request.stage} failed with {name}: {message}")
     if code < 0:
         cause = signal.Signals(-code).name
-        hint = " (the kernel kills so when memory runs out)" if cause == "SIGKILL" else ""
+        hint = (
+            " (the kernel kills so when memory runs out: a larger accumulation_steps or a smaller "
+            "batch_size of the stage takes less)"
+            if cause == "SIGKILL"
+            else ""
+        )
         raise StageFailedError(f"The process of {request.stage} was ended by {cause}{hint}.")
     raise StageFailedError(f"The process of {request.stage} ended with exit status {code}.")

@@ -6,6 +6,7 @@ synced to disk and renamed, so a directory with the final name is whole. `torch.
 neither a flipped bit nor a zeroed page in tensor bytes; the manifest does.
 """
 
+import errno
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import CheckpointError
-from training.store import digest_of, sha256_of, sync_directory
+from training.store import checkpoint_step, digest_of, sha256_of, sync_path
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Snapshot:
 
     Attributes:
         step: Optimiser steps taken.
+        evaluated: Whether the epoch that ends with this step has been evaluated.
         tensors: Groups (`model`, `optimizer`, `best`) of tensors by name; on the CPU once loaded.
         state: Plain values besides.
     """
@@ -44,9 +46,10 @@ class Snapshot:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    evaluated: bool = False
 
 
-MADE_WITH = ("torch", "transformers")
+PACKAGES = ("torch", "transformers")
 """Packages whose other versions may give other bytes; a checkpoint names those it was made with."""
 
 
@@ -54,13 +57,20 @@ class _DamagedError(Exception):
     """What is wrong with a checkpoint."""
 
 
-def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path:
-    """Write a checkpoint and remove the oldest beyond `KEEP`.
+def save(
+    root: Path,
+    snapshot: Snapshot,
+    *,
+    identity: Mapping[str, Any],
+    made_with: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint, read it back, and remove the oldest beyond `KEEP`.
 
     Args:
         root: Folder of all checkpoints of one stage key.
         snapshot: What to save. Nothing but tensors and plain values, so nothing is unpickled.
         identity: What it belongs to; `load_newest` refuses it for anything else.
+        made_with: What besides can change its bytes; `load_newest` warns where it is another.
 
     Returns:
         The checkpoint's directory. One that is there already is kept if it verifies.
@@ -70,8 +80,12 @@ def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path
         SafetensorError: The same, from the library that writes tensors.
         CheckpointError: If it cannot be read back as it was written; the older ones are kept.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{snapshot.step:08d}"
+    if not root.is_dir():
+        root.mkdir(parents=True)
+        sync_path(root.parent)
+    # An evaluated one does not stand in the way of the one made before the evaluation, nor the
+    # other way round: no name is used twice.
+    final = root / f"step-{snapshot.step:08d}{'-evaluated' if snapshot.evaluated else ''}"
     if final.exists():
         try:
             _verify(final)
@@ -93,31 +107,47 @@ def save(root: Path, snapshot: Snapshot, *, identity: Mapping[str, Any]) -> Path
         manifest = {
             "step": snapshot.step,
             "identity": dict(identity),
-            "made_with": {name: metadata.version(name) for name in MADE_WITH},
+            "made_with": _made_with(made_with),
             "files": files,
         }
         # Its own digest besides, or a flipped bit in the manifest would pass.
         _write_json(temporary / "manifest.json", {**manifest, "sha256": digest_of(manifest)})
         for path in temporary.iterdir():
             _sync(path)
-        sync_directory(temporary)
+        sync_path(temporary)
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    sync_directory(root)
-    _prune(root, newest=final)
+    sync_path(root)
+    try:
+        _verify(final)
+    except _DamagedError as damage:
+        aside = _set_aside(final)
+        raise CheckpointError(
+            f"A checkpoint must read back as it was written, {aside} does not: {damage}. Check "
+            "the disk; the older checkpoints are kept."
+        ) from damage
+    _prune(root)
     return final
 
 
-def load_newest(root: Path, *, identity: Mapping[str, Any]) -> Snapshot | None:
+def load_newest(
+    root: Path, *, identity: Mapping[str, Any], made_with: Mapping[str, Any] | None = None
+) -> Snapshot | None:
     """Load the newest checkpoint that verifies; damaged ones are renamed and reported.
+
+    Args:
+        root: Folder of all checkpoints of one stage key.
+        identity: What the checkpoint must belong to.
+        made_with: As given to `save`; a difference is a warning.
 
     Returns:
         The snapshot, or None where there has never been a checkpoint.
 
     Raises:
         CheckpointError: If all are damaged, or the newest sound one belongs to something else.
+        OSError: If one cannot be read for another reason than damage (rights, open files).
     """
     for leftover in root.glob(".tmp-*"):  # of a writer that was killed; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
@@ -131,7 +161,7 @@ def load_newest(root: Path, *, identity: Mapping[str, Any]) -> Snapshot | None:
             logger.warning("Checkpoint %s is damaged (%s): set aside.", directory.name, damage)
             set_aside.append(_set_aside(directory).name)
             continue
-        _warn_of_other_versions(directory, manifest["made_with"])
+        _warn_of_differences(directory, manifest["made_with"], _made_with(made_with))
         return snapshot
     if set_aside:
         raise CheckpointError(
@@ -170,7 +200,8 @@ def _fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
-    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    # By step; of two of the same step the evaluated one is newer, and has the longer name.
+    found = [path for path in root.glob("step-*") if checkpoint_step(path) is not None]
     yield from sorted(found, reverse=True)
 
 
@@ -188,7 +219,11 @@ def _verify(directory: Path) -> dict[str, Any]:
                 raise _DamagedError(f"{name} is not as it was written")
     except FileNotFoundError as error:
         raise _DamagedError(f"{Path(error.filename).name} is gone") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if error.errno != errno.EIO:  # rights, too many open files: it may be sound all the same
+            raise
+        raise _DamagedError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _DamagedError(f"its manifest cannot be read: {error}") from error
     return manifest
 
@@ -204,7 +239,8 @@ def _read(directory: Path, manifest: Mapping[str, Any]) -> Snapshot:
     except SafetensorError as error:  # made by something else than `save`
         raise _DamagedError(str(error)) from error
     state = json.loads((directory / "state.json").read_bytes())
-    return Snapshot(step=state.pop("step"), tensors=tensors, state=state)
+    evaluated = directory.name.endswith("-evaluated")
+    return Snapshot(step=state.pop("step"), tensors=tensors, state=state, evaluated=evaluated)
 
 
 def _set_aside(directory: Path) -> Path:
@@ -230,30 +266,31 @@ def _check_identity(directory: Path, found: Mapping[str, Any], expected: Mapping
         )
 
 
-def _warn_of_other_versions(directory: Path, made_with: Mapping[str, str]) -> None:
-    for name, version in made_with.items():
-        if version != metadata.version(name):
+def _made_with(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**{name: metadata.version(name) for name in PACKAGES}, **(given or {})}
+
+
+def _warn_of_differences(
+    directory: Path, found: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    for name in sorted({*found, *here}):
+        if found.get(name) != here.get(name):
             logger.warning(
                 "%s was saved with %s %s, this is %s: the final bytes may differ from those of an "
                 "undisturbed run.",
                 directory.name,
                 name,
-                version,
-                metadata.version(name),
+                found.get(name),
+                here.get(name),
             )
 
 
-def _prune(root: Path, *, newest: Path) -> None:
-    try:
-        _verify(newest)
-    except _DamagedError as damage:
-        aside = _set_aside(newest)
-        raise CheckpointError(
-            f"A checkpoint must read back as it was written, {aside} does not: {damage}. Check "
-            "the disk; the older checkpoints are kept."
-        ) from damage
+def _prune(root: Path) -> None:
     for directory in list(_newest_first(root))[KEEP:]:
-        shutil.rmtree(directory)
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            logger.warning("The old checkpoint %s cannot be removed: %s", directory, error)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,18 +27,24 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, root: Path, *, identity: Mapping[str, Any], saved_step: int | None = None
+        self,
+        root: Path,
+        *,
+        identity: Mapping[str, Any],
+        made_with: Mapping[str, Any] | None = None,
+        saved_step: int | None = None,
     ) -> None:
         """Start with nothing to write.
 
         Args:
             root: Folder of all checkpoints of one stage key.
             identity: What they belong to; see `checkpoint.save`.
+            made_with: What besides can change their bytes; see there.
             saved_step: Step of the newest sound checkpoint that is there.
         """
         self.saved_step = saved_step
         """Step of the newest checkpoint known to be on disk, once `wait` has returned."""
-        self._root, self._identity = root, identity
+        self._root, self._identity, self._made_with = root, identity, made_with
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._staged: dict[tuple[str, str], Tensor] = {}
@@ -49,7 +56,7 @@ class CheckpointWriter:
             group: {name: self._stage(group, name, tensor) for name, tensor in tensors.items()}
             for group, tensors in snapshot.tensors.items()
         }
-        frozen = Snapshot(step=snapshot.step, tensors=staged, state=dict(snapshot.state))
+        frozen = replace(snapshot, tensors=staged, state=dict(snapshot.state))
         self._writing = self._pool.submit(self._write, frozen)
 
     def wait(self) -> None:
@@ -57,6 +64,16 @@ class CheckpointWriter:
         if self._writing is not None:
             self._writing.result()
             self._writing = None
+
+    def report_failure(self, step: int, error: Exception) -> None:
+        """Say that the checkpoint of a step cannot be saved, and what that means."""
+        logger.warning(
+            "The checkpoint of step %d cannot be saved (%s). Training goes on; a resume would "
+            "start from %s.",
+            step,
+            error,
+            "the beginning" if self.saved_step is None else f"step {self.saved_step}",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -82,14 +99,10 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            checkpoint.save(self._root, snapshot, identity=self._identity)
-        except (OSError, SafetensorError, CheckpointError) as error:
-            logger.warning(
-                "The checkpoint of step %d cannot be saved (%s). Training goes on; a resume would "
-                "start from %s.",
-                snapshot.step,
-                error,
-                "the beginning" if self.saved_step is None else f"step {self.saved_step}",
+            checkpoint.save(
+                self._root, snapshot, identity=self._identity, made_with=self._made_with
             )
+        except (OSError, SafetensorError, CheckpointError) as error:
+            self.report_failure(snapshot.step, error)
         else:
             self.saved_step = snapshot.step

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from training.settings import HardwareSettings
-from training.store import write_atomically
+from training.store import OutputsError, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +63,34 @@ def decide_once(directory: Path, settings: HardwareSettings, *, embed_dim: int) 
     """Take the decision stored in a stage's directory, or decide and store it; set the threads.
 
     A stored CUDA device that is not there any more gives way to the CPU, with a warning.
+
+    Raises:
+        OutputsError: If the stored decision cannot be read.
     """
     path = directory / "hardware.json"
     hardware = decide(settings, embed_dim=embed_dim)
     if path.is_file():
-        stored = Hardware(**json.loads(path.read_bytes()))
+        stored = _read(path)
         if stored.device == "cuda" and not torch.cuda.is_available():
             logger.warning("Started on a GPU, goes on without one: results will differ in bytes.")
             stored = Hardware(**{**asdict(stored), "device": "cpu"})
+        if stored != hardware:
+            logger.info("As its first attempt, the stage computes on %s.", stored)
         hardware = stored
     else:
         write_atomically(path, json.dumps(asdict(hardware)).encode())
     torch.set_num_threads(hardware.threads)
     return hardware
+
+
+def _read(path: Path) -> Hardware:
+    try:
+        return Hardware(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise OutputsError(
+            f"{path} must say what the stage's first attempt computed on, but it is damaged "
+            f"({error}). Remove {path.parent} to compute the stage from the beginning."
+        ) from error
 
 
 def decide(settings: HardwareSettings, *, embed_dim: int) -> Hardware:

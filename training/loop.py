@@ -8,8 +8,9 @@ exactly as if it had not been.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -27,6 +28,7 @@ from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
 from training.runner import StageContext
 from training.settings import RecipeSettings
+from training.stages import STAGES
 from training.stopping import Stopped
 from training.store import CHECKPOINTS
 from training.tracking import Tracker
@@ -119,6 +121,7 @@ class _Run:
         self.root = context.directory / CHECKPOINTS
         self.identity = {
             "key": context.request.key,
+            "version": STAGES[context.request.stage].version,
             # What the key is made of, so that a refusal can show the difference.
             **context.request.reads,
             **{f"digest of {role}": item.digest for role, item in context.request.inputs.items()},
@@ -129,11 +132,12 @@ class _Run:
         self.peak_lr = optim.scaled_lr(recipe.base_lr, task.samples_per_step)
         self.optimizer = optim.make_optimizer(task.model, weight_decay=recipe.weight_decay)
         self.trained = [p for p in task.model.parameters() if p.requires_grad]
-        self.started = self.saved_at = time.monotonic()
+        self.made_with = asdict(context.hardware())
+        self.started = self.saved_at = self.lap = time.monotonic()
         self.state = TrainState()
 
     def train(self) -> TrainState:
-        saved = checkpoint.load_newest(self.root, identity=self.identity)
+        saved = checkpoint.load_newest(self.root, identity=self.identity, made_with=self.made_with)
         if saved:
             self._restore(saved)
         self.guard = StepGuard(
@@ -144,8 +148,12 @@ class _Run:
         with (
             Tracker(self.context, position=saved.state["tracker"] if saved else None) as tracker,
             CheckpointWriter(
-                self.root, identity=self.identity, saved_step=saved.step if saved else None
+                self.root,
+                identity=self.identity,
+                made_with=self.made_with,
+                saved_step=saved.step if saved else None,
             ) as writer,
+            self._memory_explained(),
         ):
             self.tracker, self.writer = tracker, writer
             while not self._is_finished():
@@ -168,11 +176,11 @@ class _Run:
     def _train_epoch(self) -> None:
         epoch, first = divmod(self.state.step, self.task.steps_per_epoch)
         set_train_mode(self.task.model)
-        lap = time.monotonic()
+        self.lap = time.monotonic()
         for batch in self.task.batches(epoch, first):
             self._step(batch)
+            self._count_lap()
             self._save_if_due()
-        self.state.train_seconds += time.monotonic() - lap
 
     def _step(self, batch: Batch) -> None:
         state, task = self.state, self.task
@@ -199,23 +207,36 @@ class _Run:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add up the gradients of a batch, part by part; return its mean loss."""
-        task, parts = self.task, self.task.recipe.accumulation_steps
+        parts = self.task.recipe.accumulation_steps
+        total = torch.zeros((), device=batch.images.device)
+        for part in batch.parts(parts):
+            loss = self.task.compute_loss(part) / parts
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    @contextmanager
+    def _memory_explained(self) -> Iterator[None]:
         try:
-            total = torch.zeros((), device=batch.images.device)
-            for part in batch.parts(parts):
-                loss = task.compute_loss(part) / parts
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+            yield
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            recipe, section = self.task.recipe, self.task.section
+            more = range(recipe.accumulation_steps + 1, recipe.batch_size + 1)
+            parts = next((n for n in more if recipe.batch_size % n == 0), None)
+            offer = (
+                f"Set {section}.accumulation_steps={parts} (the same samples per step in smaller "
+                "parts), or lower"
+                if parts
+                else "Lower"
+            )
             raise OutOfMemoryError(
-                f"A training step of {self.context.request.stage} must fit into memory; one of "
-                f"{task.recipe.batch_size} images in {parts} part(s) does not. Set "
-                f"{task.section}.accumulation_steps={2 * parts} (the same samples per step in "
-                f"smaller parts), or lower {task.section}.batch_size."
+                f"A step of {self.context.request.stage} must fit into memory; one of "
+                f"{recipe.batch_size} images in {recipe.accumulation_steps} part(s) does not. "
+                f"{offer} {section}.batch_size. Either is another stage key, which starts from "
+                "the beginning."
             ) from error
-        return total
 
     def _log(self, loss: float, lr: float) -> None:
         step, epoch = self.state.step, self.state.step / self.task.steps_per_epoch
@@ -279,11 +300,9 @@ class _Run:
         rule = self.context.settings.checkpoint
         if self.context.stop:
             self._save_and_leave()
-        if self.state.step % self.task.steps_per_epoch == 0:
-            return  # the epoch's end saves, and knows its scores
         due = time.monotonic() - self.saved_at >= rule.every_seconds
         if due or (rule.every_steps and self.state.step % rule.every_steps == 0):
-            self._save()
+            self._save()  # also where an epoch ends: evaluating it can take long
 
     def _save_and_leave(self) -> NoReturn:
         self._save()
@@ -302,14 +321,20 @@ class _Run:
                 f"{self.context.request.stage}. The last good checkpoint is kept. Lower "
                 f"{self.task.section}.base_lr, or raise {self.task.section}.warmup_epochs."
             )
+        try:
+            position = self.tracker.position()
+        except OSError as error:
+            self.writer.report_failure(self.state.step, error)
+            return
         snapshot = Snapshot(
             step=self.state.step,
+            evaluated=self.state.evaluated_epochs * self.task.steps_per_epoch == self.state.step,
             tensors={
                 "model": model.state_dict(),
                 "optimizer": checkpoint.optimizer_tensors(model, self.optimizer),
                 **({"best": self.state.best_weights} if self.state.best_weights else {}),
             },
-            state={**self.state.to_plain(), "tracker": self.tracker.position()},
+            state={**self.state.to_plain(), "tracker": position},
         )
         self.writer.submit(snapshot)
         self.saved_at = time.monotonic()
@@ -332,6 +357,11 @@ class _Run:
         )
         logger.info("%s resumes from step %d.", self.context.request.stage, saved.step)
         self._report("resumed")
+
+    def _count_lap(self) -> None:
+        now = time.monotonic()
+        self.state.train_seconds += now - self.lap
+        self.lap = now
 
     def _count_time(self) -> None:
         elapsed = time.monotonic() - self.started

@@ -6,7 +6,6 @@ A module of a long stage ends with `raise SystemExit(runner.main(compute))`, so 
 """
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -22,22 +21,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
 from training import hardware, progress, store
 from training.errors import USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
 from training.stopping import EXIT_RESUME, Stopped, StopRequest
-from training.store import OutputsError, StageRequest, StageResult
+from training.store import StageRequest, StageResult
 
 logger = logging.getLogger(__name__)
 
 EXIT_USER_ERROR = 2
 """Exit status where one of `USER_ERRORS` ended a stage."""
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a file cannot grow: no space, a quota, a limit of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +107,16 @@ def run_stage(
     """
     # Not `or`: a request that nobody has made yet is false.
     stop = StopRequest() if stop is None else stop
-    with locked(store.lock_path(request), what=request.stage, give_up=lambda: bool(stop)):
+    with (
+        store.full_disk_explained(request.outputs),
+        locked(store.lock_path(request), what=request.stage, give_up=lambda: bool(stop)),
+    ):
         found = store.begin(request)
         if found:
             return found
         started = time.monotonic()
-        try:
-            outcome = compute(StageContext(request, stop))
-            result = _finish(request, outcome, seconds=time.monotonic() - started)
-        except (OSError, SafetensorError) as error:
-            if not _is_full_disk(error):
-                raise
-            raise OutputsError(
-                f"The disk of {request.directory} is full. Free some space and run the same "
-                "command again; what is finished is kept."
-            ) from error
+        outcome = compute(StageContext(request, stop))
+        result = _finish(request, outcome, seconds=time.monotonic() - started)
         if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
             shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
         return result
@@ -170,6 +159,8 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
 
 
 def _finish(request: StageRequest, outcome: StageOutcome, *, seconds: float) -> StageResult:
+    # Before the result that vouches for them, and before the checkpoints go.
+    store.sync_files(request.directory, outcome.made)
     files = store.record_files(request.directory, list(outcome.made))
     digest = outcome.digest or store.digest_of(
         {
@@ -207,13 +198,6 @@ def describe_environment() -> dict[str, Any]:
         **hardware.describe(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    # safetensors writes files itself and passes the error on as text.
-    return any(f"os error {number})" in str(error) for number in FULL_DISK)
 
 
 def _emit(**event: Any) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from types import FrameType
 
@@ -19,8 +18,11 @@ INSISTS_WITHIN_SECONDS = 10.0
 """A second request within this time stops at once."""
 
 PARENT_DIED = signal.SIGHUP
-"""What the kernel sends when the parent dies. Not SIGTERM, so that one stop that reaches both
-parent and child never counts as two."""
+"""What the kernel sends when the parent dies."""
+
+PARENT_STOPS = signal.SIGUSR1
+"""How a parent passes a stop on. Like its death no SIGTERM, so that one stop that reaches both
+parent and child (a service manager signals every process of a group) never counts as two."""
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -40,11 +42,12 @@ class StopRequest:
     """Whether somebody asked this process to stop."""
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self._asked_at = 0.0
+        # Plain values: a lock, as events have, could be held when the next signal arrives.
+        self._asked = False
+        self._insists_until = 0.0
 
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return self._asked
 
     def listen(self, *, parent: int | None = None) -> None:
         """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only.
@@ -54,20 +57,21 @@ class StopRequest:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(PARENT_STOPS, self._on_parent)
         if sys.platform == "linux" and parent is not None:
-            signal.signal(PARENT_DIED, self._on_parent_death)
+            signal.signal(PARENT_DIED, self._on_parent)
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(PARENT_DIED))
             if os.getppid() != parent:  # it died before we asked to be told
-                self._event.set()
+                self._asked = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self and now - self._asked_at < INSISTS_WITHIN_SECONDS:
+        if now < self._insists_until:
             # Nothing is harmed: a checkpoint has its final name only when it is whole.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._asked_at = now
-        self._event.set()
+        self._insists_until = now + INSISTS_WITHIN_SECONDS
+        self._asked = True
 
-    def _on_parent_death(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
+    def _on_parent(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True

@@ -6,19 +6,24 @@ a directory whose result verifies is *cached*, one with checkpoints but no resul
 any other is *missing*.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from data import prepared, sources
+from training.lock import locked
 from training.settings import Settings, flatten
 from training.stages import Stage
 
@@ -26,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when a file cannot grow: no space, a quota, a limit of the process."""
 
 
 class OutputsError(ValueError):
@@ -168,11 +177,16 @@ def inspect(request: StageRequest) -> Verdict:
         return Verdict(state="missing", why=_why_missing(request))
     try:
         result = StageResult.model_validate_json(path.read_bytes())
-        problem = _first_problem(request.directory, result)
     except (ValidationError, OSError) as error:
-        problem = f"result.json cannot be read ({str(error).splitlines()[0]})"
+        why = f"result.json cannot be read ({str(error).splitlines()[0]})"
+        return Verdict(state="missing", why=why, stale="damaged", step=newest)
+    problem = _first_problem(request.directory, result)
     if problem:
         return Verdict(state="missing", why=problem, stale="damaged", step=newest)
+    used = {role: item.digest for role, item in request.inputs.items()}
+    if result.inputs != used:
+        why = "it was built on other inputs than there are now"
+        return Verdict(state="missing", why=why, stale="outdated")
     # The folder may have been moved since.
     result = result.model_copy(update={"status": "cached", "directory": request.directory})
     return Verdict(state="cached", result=result)
@@ -200,18 +214,21 @@ def lock_path(request: StageRequest) -> Path:
 
 
 def discard(request: StageRequest) -> None:
-    """Remove what there is for a request, checkpoints included."""
-    shutil.rmtree(request.directory, ignore_errors=True)
+    """Remove what there is for a request, checkpoints included, once nobody computes it."""
+    with locked(lock_path(request), what=request.stage):
+        shutil.rmtree(request.directory, ignore_errors=True)
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Step of a checkpoint by the name of its directory; None if it is not a checkpoint's."""
+    found = re.fullmatch(r"step-(\d+)(-evaluated)?", path.name)
+    return int(found[1]) if found else None
 
 
 def newest_step(directory: Path) -> int | None:
     """Step of the newest checkpoint in a stage's directory, complete or not verified yet."""
-    steps = [
-        int(path.name.removeprefix("step-"))
-        for path in (directory / CHECKPOINTS).glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    ]
-    return max(steps, default=None)
+    steps = (checkpoint_step(path) for path in (directory / CHECKPOINTS).glob("step-*"))
+    return max((step for step in steps if step is not None), default=None)
 
 
 def write_config(request: StageRequest) -> None:
@@ -236,6 +253,39 @@ def read_config(directory: Path) -> StageRequest:
             f"A stage's directory must hold a config.yaml, {directory} has none that can be read: "
             f"{str(error).splitlines()[0]}. `rotvit run` writes it."
         ) from error
+
+
+def sync_files(directory: Path, names: Sequence[str]) -> None:
+    """Make files and folders below a stage's directory durable."""
+    for name in names:
+        root = directory / name
+        for path in (root, *root.rglob("*"), root.parent):
+            sync_path(path)
+
+
+@contextmanager
+def full_disk_explained(outputs: Path) -> Iterator[None]:
+    """Turn an error that says that there is no space into one that says what to do.
+
+    Raises:
+        OutputsError: If the `with` block failed for lack of space.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        raise OutputsError(
+            f"The disk of {outputs} is full. Free some space and run the same command again; "
+            "what is finished is kept."
+        ) from error
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    # safetensors writes files itself and passes the error on as text.
+    return any(f"os error {number})" in str(error) for number in FULL_DISK)
 
 
 def record_files(directory: Path, names: list[str]) -> dict[str, FileRecord]:
@@ -272,12 +322,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_directory(path.parent)
+    sync_path(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make the content of a file, or the names in a directory, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -303,7 +353,10 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
     kept = {"hardware.json"}
     if verdict.stale == "damaged":
         kept |= {"metrics.jsonl", CHECKPOINTS}
-    for path in directory.iterdir():
+    # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and
+    # last the config, which says what the checkpoints were built on.
+    (directory / "result.json").unlink(missing_ok=True)
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

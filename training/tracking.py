@@ -10,6 +10,7 @@ import math
 import netrc
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -41,9 +42,21 @@ class Tracker:
     def __init__(self, context: "StageContext", *, position: int | None) -> None:
         self._path = context.directory / METRICS
         self._path.touch()
+        size = self._path.stat().st_size
+        if position is not None and size < position:
+            logger.warning(
+                "%s has %d bytes, the checkpoint counted %d: lines of earlier steps are lost.",
+                self._path,
+                size,
+                position,
+            )
         # Lines after the checkpoint belong to steps that are taken again.
-        os.truncate(self._path, min(position or 0, self._path.stat().st_size))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._length = min(position or 0, size)
+        os.truncate(self._path, self._length)
+        self._file = self._path.open("ab", buffering=0)
+        self._pending = b""
+        """Lines for which there is no space on the disk yet."""
+        self._waits = False
         self._wandb = open_wandb(context)
 
     def log(self, metrics: Mapping[str, float], *, step: int, epoch: float) -> None:
@@ -51,8 +64,9 @@ class Tracker:
         # JSON has no nan.
         finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         row = {"step": step, "epoch": round(epoch, 6), **finite}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(row).encode() + b"\n"
+        with suppress(OSError):  # training goes on, and tries again with the next line
+            self._write()
         if self._wandb is not None:
             try:
                 self._wandb.log({"epoch": epoch, **metrics}, step=step)
@@ -61,10 +75,27 @@ class Tracker:
                 self._wandb = None
 
     def position(self) -> int:
-        """Return the length of the file in bytes, with all of it on disk."""
-        self._file.flush()
+        """Return the length of the file in bytes, with all of it on disk.
+
+        Raises:
+            OSError: If lines cannot be written; they are kept, and tried again.
+        """
+        self._write()
         os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._length
+
+    def _write(self) -> None:
+        try:
+            while self._pending:
+                written = self._file.write(self._pending)
+                self._length += written
+                self._pending = self._pending[written:]
+        except OSError as error:
+            if not self._waits:
+                logger.warning("Metrics cannot be written, they wait for better times: %s", error)
+            self._waits = True
+            raise
+        self._waits = False
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +106,8 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with suppress(OSError):
+            self._write()
         self._file.close()
         if self._wandb is not None:
             try:

@@ -107,14 +107,14 @@ def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_is_kept(
 def test_what_cannot_be_read_back_is_set_aside_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = store.sync_directory
+    original = store.sync_path
 
     def lose_a_byte(directory: Path) -> None:
         original(directory)
         for path in directory.glob("step-00000002/model.safetensors"):
             path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(checkpoint, "sync_directory", lose_a_byte)
+    monkeypatch.setattr(checkpoint, "sync_path", lose_a_byte)
     with CheckpointWriter(tmp_path, identity=IDENTITY) as writer:
         for step in (0, 1, 2):
             writer.submit(snapshot(step, torch.ones(3)))

@@ -6,6 +6,7 @@ import torch
 from training import hardware
 from training.hardware import decide, decide_once
 from training.settings import HardwareSettings
+from training.store import OutputsError
 
 
 def test_a_narrow_network_stays_in_float32_on_cpu() -> None:
@@ -45,3 +46,18 @@ def test_autocast_computes_in_the_precision_that_was_decided() -> None:
         settings = HardwareSettings.model_validate({"device": "cpu", "precision": precision})
         with decide(settings, embed_dim=16).autocast():
             assert layer(torch.zeros(2, 3)).dtype == dtype
+
+
+def test_a_damaged_decision_is_not_guessed_anew(tmp_path: Path) -> None:
+    (tmp_path / "hardware.json").write_bytes(b'{"device": "cp')
+    with pytest.raises(OutputsError, match=r"hardware\.json must say"):
+        decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_network_is_compiled_where_that_is_wanted(wanted: bool) -> None:
+    found = decide(HardwareSettings(device="cpu", compile=wanted), embed_dim=16)
+    model = torch.nn.Linear(3, 2)
+    called = found.for_training(model)
+    assert isinstance(called, torch._dynamo.OptimizedModule) == wanted
+    assert list(model.state_dict()) == ["weight", "bias"], "names in checkpoints stay"

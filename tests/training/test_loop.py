@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from data import rotation
 from data.randomness import derive_seed
 from training import checkpoint, evaluation, finetune, pretrain, store
+from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.errors import CheckpointError, DivergedError, OutOfMemoryError
 from training.runner import run_stage
-from training.settings import ConfigError, Settings, merge, validate
+from training.settings import ConfigError, Settings, merge, override, validate
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult
@@ -102,7 +105,7 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(
     assert result.scores == expected.scores
 
 
-def test_precision_and_compilation_are_not_without_effect(request_of: RequestOf) -> None:
+def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
     """Or the test above would compare a thing with itself."""
     plain = request_of(outputs="plain")
     other = request_of({"hardware": {"precision": "bfloat16"}}, "other")
@@ -141,6 +144,62 @@ def test_a_finished_run_is_left_as_it_is(request_of: RequestOf) -> None:
     before = {path: path.stat().st_mtime_ns for path in request.directory.rglob("*")}
     assert run_stage(request, pretrain.compute).status == "cached"
     assert {path: path.stat().st_mtime_ns for path in request.directory.rglob("*")} == before
+
+
+@pytest.mark.parametrize("times", [1, 5, 6, 7])
+def test_a_run_of_one_epoch_stopped_at_its_first_or_last_step_can_be_finished(
+    request_of: RequestOf, times: int
+) -> None:
+    """6 steps; the sixth is the last, the seventh question comes from the evaluation."""
+    changes = {"pretrain": {"epochs": 1, "warmup_epochs": 0}}
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
+    run_stage(whole, pretrain.compute)
+    with pytest.raises(Stopped):
+        run_stage(cut, pretrain.compute, StopAfter(times - 1))
+    result = run_stage(cut, pretrain.compute)
+    assert result.timing["samples_per_second"] > 0
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert metrics(cut) == metrics(whole)
+
+
+def test_a_checkpoint_is_made_when_the_time_is_up_and_not_before(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 10 s, a checkpoint is due every 35 s: after 4, 8, 12 … steps."""
+    request = request_of({"checkpoint": {"every_seconds": 35}})
+    now = 0.0
+    saved: list[tuple[int, bool]] = []
+    original = CheckpointWriter.submit
+    take_step = rotation.make_rotation_batch
+
+    def step(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal now
+        now += 10
+        return take_step(images)
+
+    def submit(self: CheckpointWriter, snapshot: Snapshot) -> None:
+        saved.append((snapshot.step, snapshot.evaluated))
+        original(self, snapshot)
+
+    monkeypatch.setattr(pretrain, "make_rotation_batch", step)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(CheckpointWriter, "submit", submit)
+    run_stage(request, pretrain.compute)
+    assert saved == [(4, False), (6, True), (10, False), (12, True), (16, False), (18, True)]
+
+
+def test_a_due_checkpoint_at_the_end_of_an_epoch_does_not_wait_for_the_evaluation(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of({"checkpoint": {"every_steps": 6}})
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(request, pretrain.compute)
+    assert store.newest_step(request.directory) == 6
 
 
 def test_a_run_cut_off_after_its_last_step_only_finishes(request_of: RequestOf) -> None:
@@ -235,11 +294,24 @@ def test_a_step_too_large_for_memory_names_the_settings_that_help(
         return torch.empty(2**50), images  # a petabyte: refused by the allocator
 
     monkeypatch.setattr(pretrain, "make_rotation_batch", too_large)
-    request = request_of({"pretrain": {"accumulation_steps": 3}})
-    with pytest.raises(OutOfMemoryError, match="one of 9 images in 3 part") as error:
-        run_stage(request, pretrain.compute)
-    assert "pretrain.accumulation_steps=6" in str(error.value)
+    with pytest.raises(OutOfMemoryError, match="one of 9 images in 1 part") as error:
+        run_stage(request_of(), pretrain.compute)
+    offered = re.search(r"(pretrain\.accumulation_steps)=(\d+)", str(error.value))
+    assert offered is not None
+    assert offered[2] == "3"
+    override(request_of().settings, [offered[0]])  # the offer can be taken
     assert "pretrain.batch_size" in str(error.value)
+    with pytest.raises(OutOfMemoryError) as error:
+        run_stage(request_of({"pretrain": {"accumulation_steps": 9}}), pretrain.compute)
+    assert "Set" not in str(error.value), "there are no smaller parts"
+
+
+def test_memory_that_an_evaluation_lacks_is_explained_too(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "evaluate", lambda *_, **__: torch.empty(2**50))
+    with pytest.raises(OutOfMemoryError, match=r"pretrain\.batch_size"):
+        run_stage(request_of(), pretrain.compute)
 
 
 def test_an_error_that_is_not_about_memory_stays_what_it_is(

@@ -1,12 +1,14 @@
 """Preparation as a stage: stopped between two images, it goes on from its finished parts."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from data import prepare as preparing
 from training import prepare_data, store
-from training.runner import run_stage
+from training.runner import StageContext, StageOutcome, run_stage
 from training.settings import Settings
 from training.stages import STAGES
 from training.stopping import StopRequest
@@ -42,3 +44,20 @@ def test_stopped_and_typed_again_it_makes_the_same_images(
     again = run_stage(cut, prepare_data.compute)
     assert again.digest == whole.digest
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "not written a second time"
+
+
+def test_of_two_at_once_one_prepares_and_the_other_takes_what_it_made(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    wanted = request(tiny_settings, tmp_path)
+    computed: list[str] = []
+
+    def compute(context: StageContext) -> StageOutcome:
+        computed.append(threading.current_thread().name)
+        return prepare_data.compute(context)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run_stage(wanted, compute), range(2)))
+    assert len(computed) == 1
+    assert sorted(result.status for result in results) == ["cached", "computed"]
+    assert results[0].digest == results[1].digest

@@ -162,11 +162,11 @@ def test_a_checkpoint_every_so_many_steps_is_one_to_resume_from(
     seen: list[int] = []
     original = StageContext.progress
 
-    def killed_at_step_11(self: StageContext, done: int, *rest: Any) -> None:
+    def killed_at_step_11(self: StageContext, done: int, *rest: Any, **named: Any) -> None:
         seen.append(done)
         if done == 11:
             raise KeyboardInterrupt
-        original(self, done, *rest)
+        original(self, done, *rest, **named)
 
     monkeypatch.setattr(StageContext, "progress", killed_at_step_11)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ def test_exported_weights_are_those_of_the_last_step(
 ) -> None:
     request = request_of(tiny_settings)
     run_stage(request, pretrain.compute)
-    last = request.directory / store.CHECKPOINTS / "step-00000018" / "model.safetensors"
+    last = request.directory / store.CHECKPOINTS / "step-00000018-evaluated" / "model.safetensors"
     exported = load_file(request.directory / "model" / "model.safetensors")
     for name, tensor in load_file(last).items():
         assert torch.equal(tensor, exported[name]), name

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from training.stopping import EXIT_RESUME, Stopped
+from training.stopping import EXIT_RESUME, PARENT_STOPS, Stopped
 
 LISTENER = """
 import os, sys, time
@@ -38,11 +38,19 @@ def listener(*arguments: str, saving_seconds: float = 0) -> subprocess.Popen[str
     return process
 
 
+def rest_of(process: subprocess.Popen[str]) -> str:
+    """What it writes until it ends. (`communicate` misses what a `readline` has buffered.)"""
+    assert process.stdout is not None
+    output = process.stdout.read()
+    process.wait(timeout=20)
+    return output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_signal_is_a_request_and_the_process_goes_on(number: int) -> None:
     process = listener()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output = rest_of(process)
     assert output == "asked\nsaved\n"
     assert process.returncode == 0
 
@@ -55,15 +63,26 @@ def test_a_second_one_within_ten_seconds_stops_at_once(number: int) -> None:
     assert process.stdout.readline() == "asked\n"
     started = time.monotonic()
     process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    output = rest_of(process)
     assert output == ""
     assert process.returncode == -number
     assert time.monotonic() - started < 5
 
 
+def test_a_stop_passed_on_by_the_parent_does_not_count_as_a_second_one() -> None:
+    """A service manager signals parent and child, and the parent passes its signal on."""
+    process = listener(saving_seconds=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(PARENT_STOPS)
+    assert rest_of(process) == "saved\n"
+    assert process.returncode == 0
+
+
 def test_a_parent_that_died_before_the_process_listened_counts_too() -> None:
     process = listener("1")  # not our number: whoever started it is gone
-    output, _ = process.communicate(timeout=20)
+    output = rest_of(process)
     assert output == "asked\nsaved\n"
 
 
@@ -73,7 +92,7 @@ def test_a_parent_that_lives_is_no_request() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.terminate()
-    assert process.communicate(timeout=20)[0] == "asked\nsaved\n"
+    assert rest_of(process) == "asked\nsaved\n"
 
 
 def test_the_message_says_from_where_a_resume_starts() -> None:

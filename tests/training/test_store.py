@@ -1,4 +1,6 @@
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,9 @@ def test_the_key_changes_with_every_setting_that_can_change_the_result(
         {"pretrain": {"rotations": "random"}},
         {"data": {"val_fraction": 0.3}},
         {"data": {"split_seed": 9}},
+        {"pretrain": {"accumulation_steps": 3}},
         {"hardware": {"precision": "bfloat16"}},
+        {"hardware": {"compile": True}},
     ]
     keys = {request_pretrain(change).key for change in changes}
     assert len(keys) == len(changes)
@@ -67,7 +71,8 @@ def test_the_key_ignores_what_cannot_change_the_result(request_pretrain: Request
     unchanged = request_pretrain().key
     for change in (
         {"checkpoint": {"every_seconds": 7}},
-        {"tracking": {"log_every_steps": 3}},
+        {"checkpoint": {"every_steps": 7, "max_skipped_steps": 7}},
+        {"tracking": {"log_every_steps": 3, "wandb": "offline"}},
         {"finetune": {"epochs": 50}},
         {"transfer": {"labels": 12}},
         {"hardware": {"threads": 2}},
@@ -152,6 +157,46 @@ def test_a_result_built_on_a_replaced_input_is_missing(
     run_stage(second, compute)
     assert not (first.directory / store.CHECKPOINTS).exists(), "nothing resumes from old work"
     assert store.inspect(second).state == "cached"
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_outdated_work_that_is_cleared_only_in_part_is_never_built_on(
+    request_pretrain: Request, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The process is killed before each thing that it takes away."""
+    old = request_pretrain(data_digest="old")
+    run_stage(old, compute)
+    (old.directory / store.CHECKPOINTS / "step-00000001").mkdir(parents=True)
+    new = old.model_copy(deep=True)
+    new.inputs["data"].digest = "new"  # the same key; the images were prepared again
+    assert store.inspect(new).stale == "outdated"
+    done = 0
+
+    def killed(*_: object, **__: object) -> None:
+        nonlocal done
+        done += 1
+        if done == number:
+            raise KeyboardInterrupt
+
+    original_remove_tree, original_unlink = shutil.rmtree, Path.unlink
+
+    def remove_tree(path: Path) -> None:
+        killed()
+        original_remove_tree(path)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        killed()
+        original_unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", remove_tree)
+        patch.setattr(Path, "unlink", unlink)
+        store.begin(new)
+    verdict = store.inspect(new)
+    left_to_build_on = (new.directory / store.CHECKPOINTS).exists() or verdict.state == "cached"
+    assert verdict.state != "cached"
+    if left_to_build_on:
+        assert verdict.stale == "outdated"
 
 
 def test_status_says_which_setting_changed(request_pretrain: Request) -> None:
