@@ -41,9 +41,8 @@ def listener(*arguments: str, saving_seconds: float = 0) -> subprocess.Popen[str
 def rest_of(process: subprocess.Popen[str]) -> str:
     """What it writes until it ends. (`communicate` misses what a `readline` has buffered.)"""
     assert process.stdout is not None
-    output = process.stdout.read()
-    process.wait(timeout=20)
-    return output
+    with process:
+        return process.stdout.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
