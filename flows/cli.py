@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -244,6 +246,7 @@ def start_flow(
 
     # After the import: it configures logging anew.
     with _logging_to(_log_path(settings, outputs)):
+        _check_server()
         _start_server()
         try:
             return rotation_vit(
@@ -353,6 +356,33 @@ def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str
             yield _title(stage.name), f"partial at step {verdict.step}", "resumes there"
         else:
             yield _title(stage.name), verdict.state, verdict.why
+
+
+def _check_server() -> None:
+    """Look whether the server that Prefect is to use answers, before Prefect waits for it.
+
+    Raises:
+        ConfigError: If it does not within five seconds.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers; what it wants is between Prefect and it
+    except OSError as error:
+        from training.settings import ConfigError
+
+        reason = getattr(error, "reason", error)
+        raise ConfigError(
+            f"Prefect's server must answer at PREFECT_API_URL={url}, it does not ({reason}). "
+            "Start it (make ui, or prefect server start), or run without one: "
+            "PREFECT_PROFILE=ephemeral rotvit run ... with PREFECT_API_URL unset."
+        ) from error
 
 
 def _start_server() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import Flow, get_client, runtime
-from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -32,18 +32,26 @@ def note_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     except ValueError as error:  # the run failed on just this, before it began
         logger.info("Nothing to resume: %s", error)
         return
-    end = (state.name or state.type.value).lower()
+    end = "cancelled" if state.is_cancelling() else state.type.value.lower()
     added = run_record.note_end(settings, outputs, state=end, message=state.message or "")
     if added is None:
         return
     checkpoint = added["last_checkpoint"] or "none"
     text = (
-        f"# {state.name}\n\n{state.message or ''}\n\n"
+        f"# {end.capitalize()}\n\n{state.message or ''}\n\n"
         f"Last checkpoint: `{checkpoint}`\n\n"
         "To go on from there, press *Retry*, run the deployment again, or type\n\n"
         f"```\n{added['resume']}\n```\n"
     )
-    create_markdown_artifact(text, key="how-to-resume", description=f"{end}: how to resume")
+    artifact = ArtifactCreate(
+        key="how-to-resume",
+        type="markdown",
+        description=f"{end}: how to resume",
+        data=text,
+        flow_run_id=flow_run.id,  # a hook runs outside of the flow run's context
+    )
+    with get_client(sync_client=True) as client:
+        client.create_artifact(artifact)
     logger.info("To resume, run the deployment again or type: %s", added["resume"])
 
 

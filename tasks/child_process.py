@@ -29,6 +29,11 @@ GRACE_SECONDS = 25
 class StageFailedError(RuntimeError):
     """A stage's process ended without a result."""
 
+    def __init__(self, message: str, *, step: int) -> None:
+        """Say why, and at which step a retry starts (0 for the beginning)."""
+        super().__init__(message)
+        self.step = step
+
 
 class StageStoppedError(RuntimeError):
     """A stage's process was asked to stop, from outside this run; it saved its state."""
@@ -110,11 +115,12 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
         return StageResult.model_validate(events["result"])
     if code == EXIT_RESUME:
         raise StageStoppedError(f"{request.stage} was stopped and has saved its state.")
+    step = store.newest_step(request.directory) or 0
     if "error" in events:
         name, message = events["error"]["type"], events["error"]["message"]
         if name in ERRORS_BY_NAME:
             raise ERRORS_BY_NAME[name](message)
-        raise StageFailedError(f"{request.stage} failed with {name}: {message}")
+        raise StageFailedError(f"{request.stage} failed with {name}: {message}", step=step)
     if code < 0:
         cause = signal.Signals(-code).name
         hint = (
@@ -123,5 +129,9 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
             if cause == "SIGKILL"
             else ""
         )
-        raise StageFailedError(f"The process of {request.stage} was ended by {cause}{hint}.")
-    raise StageFailedError(f"The process of {request.stage} ended with exit status {code}.")
+        raise StageFailedError(
+            f"The process of {request.stage} was ended by {cause}{hint}.", step=step
+        )
+    raise StageFailedError(
+        f"The process of {request.stage} ended with exit status {code}.", step=step
+    )

@@ -5,17 +5,17 @@ stage's name in it, and its record lies beside what the stage made, so deleting 
 the other. Prefect does not look whether the files that a record names are sound; `deliver` does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib import import_module
 from typing import Any
+from uuid import UUID
 
 from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from tasks.child_process import StageStoppedError, run_in_child
+from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from tasks.gpu_slot import gpu_slot
 from tasks.live_status import live_status
 from training import store
@@ -26,12 +26,13 @@ from training.store import StageRequest, StageResult
 StageTask = Task[[StageRequest], StageResult]
 
 RETRIES = 2
-"""Attempts after the first one; each goes on from the newest checkpoint."""
+"""Attempts in a row that may end without a newer checkpoint than the one before had, after the
+first such attempt. Each goes on from the newest checkpoint."""
+
+MOST_RETRIES = 50
+"""Attempts in all, however much progress each of them makes."""
 
 RETRY_DELAY_SECONDS = 5
-
-WAITING = ("Waiting for GPU", "Another run is training; this one goes on when it is done.")
-"""Name and message of the state of a task run that waits for the slot."""
 
 
 def stage_task(function: Callable[[StageRequest], StageResult]) -> StageTask:
@@ -42,7 +43,7 @@ def stage_task(function: Callable[[StageRequest], StageResult]) -> StageTask:
         cache_key_fn=_cache_key,
         persist_result=True,
         result_serializer="json",
-        retries=RETRIES,
+        retries=MOST_RETRIES,
         retry_delay_seconds=RETRY_DELAY_SECONDS,
         retry_condition_fn=_is_worth_a_retry,
     )
@@ -71,7 +72,7 @@ def compute(request: StageRequest) -> StageResult:
     stage = STAGES[request.stage]
     with live_status(request) as status, ExitStack() as slot:
         if stage.trains and status:
-            slot.enter_context(gpu_slot(partial(status.name_state, *WAITING)))
+            slot.enter_context(gpu_slot(status.name_state))
         if stage.in_child:
             return run_in_child(request)
     from training.runner import run_stage
@@ -86,6 +87,28 @@ def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
     return f"{place}/prefect-{request.stage}.json"
 
 
+_steps_reached: dict[UUID, dict[int, int]] = {}
+"""Step of the newest checkpoint at the end of each failed attempt, by task run and attempt."""
+
+
 def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry what may go better the next time, as long as there is progress. May be asked twice."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, (*USER_ERRORS, StageStoppedError))
+    if isinstance(error, (*USER_ERRORS, StageStoppedError)):
+        return False
+    reached = _steps_reached.setdefault(task_run.id, {})
+    reached[task_run.run_count] = error.step if isinstance(error, StageFailedError) else 0
+    return attempts_without_progress(list(reached.values())) <= RETRIES
+
+
+def attempts_without_progress(steps: Sequence[int]) -> int:
+    """Return how many of the last attempts brought nothing.
+
+    Args:
+        steps: Step of the newest checkpoint after each attempt, 0 where there was none.
+    """
+    fruitless = best = 0
+    for step in steps:
+        fruitless = 0 if step > best else fruitless + 1
+        best = max(best, step)
+    return fruitless

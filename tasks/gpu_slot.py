@@ -21,22 +21,19 @@ SLOT = "gpu"
 LEASE_SECONDS = 60.0
 """Time after which the slot of a holder that was killed is free again; it is renewed meanwhile."""
 
-TRY_SECONDS = 1.0
-"""Time after which a training is said to wait."""
-
 
 @contextmanager
-def gpu_slot(on_wait: Callable[[], None]) -> Iterator[None]:
+def gpu_slot(tell: Callable[[str, str], None]) -> Iterator[None]:
     """Hold the slot for the `with` block, waiting for it as long as it takes.
 
     A server that does not answer costs the slot, not the training.
 
     Args:
-        on_wait: Called once if the slot is taken.
+        tell: Given name and message of the task run's state, when it waits and when it goes on.
     """
     held = ExitStack()
     try:
-        _acquire(held, on_wait)
+        _acquire(held, tell)
     except Exception as error:  # whatever the server does
         logger.warning("The GPU slot is not to be had, training goes on without: %s", error)
     try:
@@ -48,24 +45,20 @@ def gpu_slot(on_wait: Callable[[], None]) -> Iterator[None]:
             logger.warning("The GPU slot could not be given back, its lease will: %s", error)
 
 
-def _acquire(held: ExitStack, on_wait: Callable[[], None]) -> None:
+def _acquire(held: ExitStack, tell: Callable[[str, str], None]) -> None:
     with get_client(sync_client=True) as client:
         try:
-            client.read_global_concurrency_limit_by_name(SLOT)
+            limit = client.read_global_concurrency_limit_by_name(SLOT)
         except ObjectNotFound:
             return
-    try:
-        held.enter_context(_slot(TRY_SECONDS))
-    except TimeoutError:
-        on_wait()
-        held.enter_context(_slot(None))
-
-
-def _slot(timeout_seconds: float | None):  # type: ignore[no-untyped-def]  # Prefect's is untyped
-    return concurrency(
-        SLOT,
-        occupy=1,
-        timeout_seconds=timeout_seconds,
-        lease_duration=LEASE_SECONDS,
-        raise_on_lease_renewal_failure=False,
+    # Asked beforehand: trying with a time-out makes Prefect log an error where the slot is taken.
+    is_taken = limit.active_slots >= limit.limit
+    if is_taken:
+        tell("Waiting for GPU", "Another run is training; this one goes on when it is done.")
+    held.enter_context(
+        concurrency(
+            SLOT, occupy=1, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
+        )
     )
+    if is_taken:
+        tell("Running", "The GPU is free.")

@@ -1,0 +1,226 @@
+"""A real server and a real worker on loopback, set up and deployed as `make ui` does it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import service
+
+ROOT = Path(__file__).parents[2]
+
+
+class Prefect:
+    """Server and worker as processes that can be killed, and questions to the server's API."""
+
+    def __init__(self, home: Path, outputs: Path, values: dict[str, Any]) -> None:
+        self.home, self.outputs, self.values = home, outputs, values
+        with socket.socket() as probe:
+            probe.bind((service.HOST, 0))
+            self.port: int = probe.getsockname()[1]
+        self.environment = {
+            **service.environment(home, self.port),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PYTHONWARNINGS": "default",
+        }
+        self.url = self.environment["PREFECT_API_URL"]
+        self.server: subprocess.Popen[bytes] | None = None
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    def start_server(self) -> None:
+        arguments = ["server", "start", "--host", service.HOST, "--port", str(self.port)]
+        self.server = self._start(*arguments)
+        self.wait_until(self._answers, 120)
+
+    def start_worker(self) -> None:
+        self.worker = self._start("worker", "start", "--pool", service.POOL)
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self.home / f"{arguments[0]}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "prefect", *arguments],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                return True
+        except OSError:
+            return False
+
+    def prefect(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Prefect's command line against the server."""
+        return self.run(sys.executable, "-m", "prefect", "--no-prompt", *arguments)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**self.environment, "COLUMNS": "400"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def deployment_run(
+        self, name: str, *, overrides: Sequence[str] = (), tags: Sequence[str] = ()
+    ) -> UUID:
+        """Type `prefect deployment run NAME` with the settings of a tiny run."""
+        parameters = {
+            "settings": self.values,
+            "overrides": list(overrides),
+            "outputs": str(self.outputs),
+        }
+        options = [option for tag in tags for option in ("--tag", tag)]
+        done = self.prefect("deployment", "run", name, "--params", json.dumps(parameters), *options)
+        found = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
+        assert found, done.stdout + done.stderr
+        return UUID(found[1])
+
+    def flow_run(self, run: UUID) -> FlowRun:
+        with self._client() as client:
+            found: FlowRun = client.read_flow_run(run)
+        return found
+
+    def task_runs(self, run: UUID) -> list[TaskRun]:
+        with self._client() as client:
+            found: list[TaskRun] = client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run]))
+            )
+        return found
+
+    def task_states(self, run: UUID) -> dict[str, str]:
+        """State names of the newest task run of each stage."""
+        ordered = sorted(self.task_runs(run), key=lambda task: task.created or 0)
+        return {task.name: task.state_name or "" for task in ordered}
+
+    def artifacts(self, run: UUID) -> list[Artifact]:
+        with self._client() as client:
+            found: list[Artifact] = client.read_artifacts(
+                artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+            )
+        return found
+
+    @contextmanager
+    def _client(self) -> Iterator[Any]:
+        with temporary_settings({PREFECT_API_URL: self.url}), get_client(sync_client=True) as made:
+            yield made
+
+    def wait_for_state(self, run: UUID, *names: str, seconds: float = 180) -> FlowRun:
+        """Wait until a flow run is in a state of one of these names."""
+        self.wait_until(lambda: self.flow_run(run).state_name in names, seconds)
+        return self.flow_run(run)
+
+    def wait_until(self, happened: Callable[[], Any], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() > deadline:
+                logs = "\n".join(
+                    f"{path.name}:\n" + "\n".join(path.read_text().splitlines()[-40:])
+                    for path in self.home.glob("*.log")
+                )
+                raise AssertionError(f"This did not happen within {seconds} s.\n{logs}")
+            time.sleep(0.3)
+
+    def stage_process(self, stage: str = "pretrain") -> psutil.Process | None:
+        """The process that computes a stage into our outputs, if it runs."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if f"training.{stage}" in words and any(str(self.outputs) in word for word in words):
+                return process
+        return None
+
+    def wait_for_training(self, after: int = 1) -> psutil.Process:
+        """Wait until a pretraining has written so many metrics; return its process."""
+
+        def trains() -> bool:
+            process = self.stage_process()
+            if process is None:
+                return False
+            directory = Path(process.cmdline()[process.cmdline().index("training.pretrain") + 1])
+            metrics = directory / "metrics.jsonl"
+            checkpoints = directory / "checkpoints"
+            return (
+                metrics.is_file()
+                and metrics.read_bytes().count(b"\n") >= after
+                and any(checkpoints.glob("step-*"))
+            )
+
+        self.wait_until(trains, 120)
+        process = self.stage_process()
+        assert process is not None
+        return process
+
+    def stop(self) -> None:
+        for process in (self.worker, self.server):
+            if process is not None and process.poll() is None:
+                process.terminate()
+        for process in (self.worker, self.server):
+            if process is not None:
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Prefect]:
+    home = tmp_path_factory.mktemp("prefect")
+    values = {
+        "data": {"source": f"folder:{tiny_folder}", "crop_margin": 0.25},
+        "model": {
+            "image_size": 16,
+            "patch_size": 8,
+            "embed_dim": 12,
+            "depth": 2,
+            "num_heads": 3,
+            "mlp_ratio": 2,
+        },
+        "pretrain": {"epochs": 3, "batch_size": 9, "warmup_epochs": 1},
+        "transfer": {"labels": 30},
+        "linear_probe": {"epochs": 5, "lrs": [0.01, 0.1], "weight_decays": [0.0]},
+        "finetune": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
+        "from_scratch": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
+        "feature_analysis": {"knn_k": 3},
+        "checkpoint": {"every_steps": 10},
+        "hardware": {"device": "cpu", "threads": 1},
+        "tracking": {"log_every_steps": 2, "wandb": "disabled"},
+    }
+    running = Prefect(home, tmp_path_factory.mktemp("outputs"), values)
+    try:
+        running.start_server()
+        set_up = running.run(sys.executable, "-c", "from flows.service import set_up; set_up()")
+        assert set_up.returncode == 0, set_up.stderr
+        deployed = running.prefect("deploy", "--all")
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        running.start_worker()
+        yield running
+    finally:
+        running.stop()
