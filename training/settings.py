@@ -32,6 +32,15 @@ class Section(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Let a setting that is given another default keep its description, for forms."""
+        for name, field in cls.model_fields.items():
+            bases = (getattr(base, "model_fields", {}).get(name) for base in cls.__mro__[1:])
+            described = (base.description for base in bases if base and base.description)
+            field.description = field.description or next(described, None)
+        cls.model_rebuild(force=True)
+
 
 class ModelSettings(Section):
     """The Vision Transformer (Dosovitskiy et al. 2021)."""
