@@ -58,20 +58,20 @@ def test_a_deployed_run_tells_its_story_and_the_second_one_is_cached(prefect: "P
     assert re.fullmatch(r"drawn · .+ · seed 0", done.name)
     assert prefect.task_states(run) == dict.fromkeys(STAGES, "Completed")
 
-    artifacts = {str(artifact.key): artifact for artifact in prefect.artifacts(run)}
-    progress = {key: item for key, item in artifacts.items() if item.type == "progress"}
+    artifacts = prefect.artifacts(run)
+    progress = {str(item.key): item for item in artifacts if item.type == "progress"}
     trained = next(item for key, item in progress.items() if key.startswith("progress-pretrain"))
     assert trained.data == 100
     assert "18 of 18 steps, epoch 3, loss" in str(trained.description)
     assert "648 samples" in str(trained.description)
     assert any(key.startswith("progress-prepare-data") for key in progress)
-    pages = [item for item in artifacts.values() if item.type == "markdown"]
-    newest = max(pages, key=lambda page: page.updated or 0)
+    pages = [item for item in artifacts if item.type == "markdown"]
+    newest = next(page for page in pages if page.description == "After report")
     for stage in STAGES - {"report"}:
         assert stage.replace("_", "-") in str(newest.data)
     assert "report/index.html" in str(newest.data)
     assert any("data:image/png;base64," in str(page.data) for page in pages)
-    (layers,) = (item for item in artifacts.values() if item.type == "table")
+    (layers,) = (item for item in artifacts if item.type == "table")
     assert [row["name"] for row in json.loads(str(layers.data))] == [
         "embedding",
         "block 1",
