@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from training import store
 from training.runner import run_stage
 from training.settings import Settings, validate
 from training.stages import plan
+from training.stopping import StopRequest
 from training.store import StageResult
 
 TINY_CLASSES = ("house", "tree", "car")
@@ -56,7 +58,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_values(tiny_folder: Path) -> dict[str, Any]:
+def tiny_values(tiny_run: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tiny run, to be changed at will."""
+    return deepcopy(tiny_run)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_folder: Path) -> dict[str, Any]:
     """Settings of a run that takes about a second: 16 px, two blocks, 54 training images."""
     return {
         "data": {"source": f"folder:{tiny_folder}", "crop_margin": 0.25},
@@ -83,6 +91,24 @@ def tiny_values(tiny_folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def tiny_settings(tiny_values: dict[str, Any]) -> Settings:
     return validate(tiny_values)
+
+
+class StopAfter(StopRequest):
+    """Asks to stop once it has been consulted that often."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def stop_after() -> type[StopAfter]:
+    """A request to stop that comes when it has been asked for so many times."""
+    return StopAfter
 
 
 RunStages = Callable[..., dict[str, StageResult]]

@@ -191,26 +191,13 @@ class Prefect:
 
 
 @pytest.fixture(scope="session")
-def prefect(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Prefect]:
+def prefect(
+    tmp_path_factory: pytest.TempPathFactory, tiny_run: dict[str, Any]
+) -> Iterator[Prefect]:
     home = tmp_path_factory.mktemp("prefect")
     values = {
-        "data": {"source": f"folder:{tiny_folder}", "crop_margin": 0.25},
-        "model": {
-            "image_size": 16,
-            "patch_size": 8,
-            "embed_dim": 12,
-            "depth": 2,
-            "num_heads": 3,
-            "mlp_ratio": 2,
-        },
-        "pretrain": {"epochs": 3, "batch_size": 9, "warmup_epochs": 1},
-        "transfer": {"labels": 30},
-        "linear_probe": {"epochs": 5, "lrs": [0.01, 0.1], "weight_decays": [0.0]},
-        "finetune": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
-        "from_scratch": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
-        "feature_analysis": {"knn_k": 3},
+        **tiny_run,
         "checkpoint": {"every_steps": 10},
-        "hardware": {"device": "cpu", "threads": 1},
         "tracking": {"log_every_steps": 2, "wandb": "disabled"},
     }
     running = Prefect(home, tmp_path_factory.mktemp("outputs"), values)

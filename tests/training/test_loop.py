@@ -25,18 +25,7 @@ from training.store import StageRequest, StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
 RequestOf = Callable[..., StageRequest]
-
-
-class StopAfter(StopRequest):
-    """Asks to stop once it has been consulted that often."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.left = times
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+StopAfter = Callable[[int], StopRequest]
 
 
 @pytest.fixture
@@ -51,12 +40,14 @@ def request_of(run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Pat
     return build
 
 
-def run_with_stops(request: StageRequest, every: int) -> tuple[StageResult, int]:
+def run_with_stops(
+    request: StageRequest, stop_after: StopAfter, every: int
+) -> tuple[StageResult, int]:
     """Run a pretraining that is stopped again and again; also say how often."""
     stops = 0
     while True:
         try:
-            return run_stage(request, pretrain.compute, StopAfter(every)), stops
+            return run_stage(request, pretrain.compute, stop_after(every)), stops
         except (Stopped, InterruptedError):
             stops += 1
 
@@ -88,7 +79,7 @@ def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
     ],
 )
 def test_stopped_and_resumed_ends_in_the_same_bytes(
-    request_of: RequestOf, precision: str, compiled: bool
+    stop_after: StopAfter, request_of: RequestOf, precision: str, compiled: bool
 ) -> None:
     """With dropout, which draws random numbers in every step."""
     changes = {
@@ -98,7 +89,7 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(
     whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
     assert whole.settings.model.dropout > 0
     expected = run_stage(whole, pretrain.compute)
-    result, stops = run_with_stops(cut, 9)
+    result, stops = run_with_stops(cut, stop_after, 9)
     assert stops >= 2
     assert weights_sha256(cut) == weights_sha256(whole)
     assert metrics(cut) == metrics(whole)
@@ -148,14 +139,14 @@ def test_a_finished_run_is_left_as_it_is(request_of: RequestOf) -> None:
 
 @pytest.mark.parametrize("times", [1, 5, 6, 7])
 def test_a_run_of_one_epoch_stopped_at_its_first_or_last_step_can_be_finished(
-    request_of: RequestOf, times: int
+    stop_after: StopAfter, request_of: RequestOf, times: int
 ) -> None:
     """6 steps; the sixth is the last, the seventh question comes from the evaluation."""
     changes = {"pretrain": {"epochs": 1, "warmup_epochs": 0}}
     whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
     run_stage(whole, pretrain.compute)
     with pytest.raises(Stopped):
-        run_stage(cut, pretrain.compute, StopAfter(times - 1))
+        run_stage(cut, pretrain.compute, stop_after(times - 1))
     result = run_stage(cut, pretrain.compute)
     assert result.timing["samples_per_second"] > 0
     assert weights_sha256(cut) == weights_sha256(whole)
@@ -233,14 +224,17 @@ def nan_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[int] | range |
 
 
 def test_a_few_bad_steps_are_skipped_counted_and_resumed_over(
-    request_of: RequestOf, nan_at: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+    stop_after: StopAfter,
+    request_of: RequestOf,
+    nan_at: Callable[[Any], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     nan_at({4, 5, 9})  # 5 is the last one of its epoch: no checkpoint is made there
     whole, cut = request_of(outputs="whole"), request_of(outputs="cut")
     result = run_stage(whole, pretrain.compute)
     assert result.scores["skipped_steps"] == 3
     assert "2 steps skipped until step 6" in caplog.text
-    again, stops = run_with_stops(cut, 7)
+    again, stops = run_with_stops(cut, stop_after, 7)
     assert stops >= 2
     assert again.scores == result.scores
     assert weights_sha256(cut) == weights_sha256(whole)
@@ -334,11 +328,11 @@ def test_an_error_that_is_not_about_memory_stays_what_it_is(
     ],
 )
 def test_a_checkpoint_copied_from_another_run_is_refused_with_the_difference(
-    request_of: RequestOf, changes: dict[str, Any], difference: str
+    stop_after: StopAfter, request_of: RequestOf, changes: dict[str, Any], difference: str
 ) -> None:
     ours, theirs = request_of(changes), request_of()
     with pytest.raises(Stopped):
-        run_stage(theirs, pretrain.compute, StopAfter(4))
+        run_stage(theirs, pretrain.compute, stop_after(4))
     shutil.copytree(theirs.directory / store.CHECKPOINTS, ours.directory / store.CHECKPOINTS)
     with pytest.raises(CheckpointError) as error:
         run_stage(ours, pretrain.compute)
@@ -365,7 +359,7 @@ def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
 
 
 def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
-    run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
+    stop_after: StopAfter, run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
 ) -> None:
     sums = []
     for outputs, every in ((tmp_path / "whole", 10**6), (tmp_path / "cut", 4)):
@@ -374,7 +368,7 @@ def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
         stops, result = 0, None
         while result is None:
             try:
-                result = run_stage(request, finetune.compute, StopAfter(every))
+                result = run_stage(request, finetune.compute, stop_after(every))
             except (Stopped, InterruptedError):
                 stops += 1
         assert (stops > 2) == (every == 4)

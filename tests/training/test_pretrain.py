@@ -21,18 +21,7 @@ from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
-
-
-class StopAfter(StopRequest):
-    """Asks to stop once it has been consulted that often."""
-
-    def __init__(self, times: int) -> None:
-        super().__init__()
-        self.left = times
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+StopAfter = Callable[[int], StopRequest]
 
 
 @pytest.fixture
@@ -54,7 +43,7 @@ def metric_lines(request: StageRequest) -> list[dict[str, Any]]:
 
 
 def test_stopped_anywhere_and_resumed_ends_in_the_same_bytes(
-    request_of: Callable[..., StageRequest], tiny_settings: Settings
+    stop_after: StopAfter, request_of: Callable[..., StageRequest], tiny_settings: Settings
 ) -> None:
     """54 images in batches of 9 make 6 steps an epoch, 18 in all; dropout is on."""
     whole = request_of(tiny_settings, "whole")
@@ -66,7 +55,7 @@ def test_stopped_anywhere_and_resumed_ends_in_the_same_bytes(
     while result is None:
         try:
             # Within an epoch, at its end, during an evaluation: wherever the count runs out.
-            result = run_stage(cut, pretrain.compute, StopAfter(5))
+            result = run_stage(cut, pretrain.compute, stop_after(5))
         except (Stopped, InterruptedError):  # the latter from the last look at the test images
             stops += 1
             assert store.inspect(cut).state == "partial"
@@ -142,11 +131,11 @@ def test_divergence_is_an_error_that_names_step_and_settings(
 
 
 def test_checkpoints_that_are_all_damaged_end_in_an_error(
-    request_of: Callable[..., StageRequest], tiny_settings: Settings
+    stop_after: StopAfter, request_of: Callable[..., StageRequest], tiny_settings: Settings
 ) -> None:
     request = request_of(tiny_settings)
     with pytest.raises(Stopped):
-        run_stage(request, pretrain.compute, StopAfter(8))
+        run_stage(request, pretrain.compute, stop_after(8))
     for path in (request.directory / store.CHECKPOINTS).rglob("model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="all under"):
