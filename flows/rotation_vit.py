@@ -99,6 +99,9 @@ def run_stages(
     Raises:
         CrashedTooOftenError: If Prefect has started this flow run `MOST_RUNS` times.
     """
+    for name in ("training", "models", "data"):
+        # Prefect attaches its handler to these (pyproject.toml), but leaves their level alone.
+        logging.getLogger(name).setLevel(logging.INFO)
     if (flow_run.run_count or 0) > MOST_RUNS:
         raise CrashedTooOftenError(
             f"This flow run has been started {flow_run.run_count} times, and may be {MOST_RUNS} "

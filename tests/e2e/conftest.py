@@ -23,6 +23,8 @@ from prefect.client.schemas.filters import (
     ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -127,6 +129,14 @@ class Prefect:
                 artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
             )
         return found
+
+    def logs(self, run: UUID) -> list[str]:
+        """The lines that the UI shows of a flow run, its task runs' included."""
+        with self._client() as client:
+            lines = client.read_logs(
+                LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run])), limit=200
+            )
+        return [line.message for line in lines]
 
     @contextmanager
     def _client(self) -> Iterator[Any]:

@@ -141,8 +141,7 @@ def test_a_cancelled_run_saves_says_how_to_resume_and_retries_from_there(
     retried = prefect.prefect("flow-run", "retry", str(run))
     assert retried.returncode == 0, retried.stderr
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"
-    log = "".join(path.read_text() for path in prefect.home.glob("worker.log"))
-    assert f"pretrain resumes from step {saved[1]}" in log
+    assert f"pretrain resumes from step {saved[1]}." in prefect.logs(run)
     assert result_of(prefect, 3)["status"] == "resumed"
 
 
