@@ -1,9 +1,11 @@
 """The command line `rotvit`. What is slow to import is imported by the command that needs it."""
 
 import difflib
+import http.client
 import logging
 import os
 import signal
+import ssl
 import sys
 import threading
 import urllib.error
@@ -36,6 +38,7 @@ PREFECT_DEFAULTS = {
     # Its console lines and tracebacks; they are in the log file.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_HANDLERS_DEBUG_LEVEL": "CRITICAL",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "GOMP_SPINCOUNT": "1000",  # not Prefect's: see training/hardware.py
 }
 """Environment of a run, where the user has not set it otherwise."""
@@ -242,16 +245,20 @@ def start_flow(
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     logger.info("Starting Prefect.")
+    from prefect import tags
+
     from flows.rotation_vit import rotation_vit
+    from flows.service import OUR_TAG
 
     # After the import: it configures logging anew.
     with _logging_to(_log_path(settings, outputs)):
         _check_server()
         _start_server()
         try:
-            return rotation_vit(
-                settings=settings, outputs=outputs, until=until, refresh=tuple(refresh)
-            )
+            with tags(OUR_TAG):
+                return rotation_vit(
+                    settings=settings, outputs=outputs, until=until, refresh=tuple(refresh)
+                )
         except BaseException:
             logging.getLogger("rotvit").exception("The run ended early.")
             raise
@@ -372,16 +379,18 @@ def _check_server() -> None:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5):
             pass
-    except urllib.error.HTTPError:
-        pass  # it answers; what it wants is between Prefect and it
+    except (urllib.error.HTTPError, http.client.HTTPException, ssl.SSLError, ValueError):
+        pass  # it answers, or Prefect knows better what the address means
     except OSError as error:
         from training.settings import ConfigError
 
         reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
+            return
         raise ConfigError(
             f"Prefect's server must answer at PREFECT_API_URL={url}, it does not ({reason}). "
             "Start it (make ui, or prefect server start), or run without one: "
-            "PREFECT_PROFILE=ephemeral rotvit run ... with PREFECT_API_URL unset."
+            "env -u PREFECT_API_URL PREFECT_PROFILE=ephemeral rotvit ..."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def run_stages(
     again = {stage_named(name).name for name in refresh}
     if settings.tracking.wandb == "auto" and wandb_mode(settings.tracking) == "disabled":
         logger.info("W&B is off: no key found. Set WANDB_API_KEY, or tracking.wandb=offline.")
-    record = RunRecord(settings, outputs)
+    record = RunRecord(settings, outputs, until=until)
     try:
         for stage in plan(settings, until):
             request = store.make_request(stage, settings, outputs, record.stages, record.name)
@@ -123,7 +124,8 @@ def run_stages(
             record.add(deliver(TASKS[stage.name], request))
             publish(record.results(), stage.name, record.directory)
     except BaseException:
-        record.write(state="failed")
+        with suppress(OSError):  # a full disk must not hide what has ended the run
+            record.write(state="failed")
         raise
     record.write(state="finished")
     return record.results()

@@ -6,6 +6,7 @@ that run then save their state and end too.
 """
 
 import argparse
+import http.client
 import os
 import signal
 import subprocess
@@ -29,6 +30,9 @@ HOST, PORT = "127.0.0.1", 4200
 
 POOL = "local"
 
+OUR_TAG = "rotation-vit"
+"""Tag of all deployments in prefect.yaml."""
+
 AUTO_RESUME = "auto-resume"
 """Tag of flow runs that are started again when they crash."""
 
@@ -38,6 +42,9 @@ HEARTBEAT_SECONDS = 30
 SILENCE_SECONDS = 115
 """Silence after which a flow run counts as crashed. A run whose server was away for a minute is
 silent for up to 90 seconds; somebody who waits should know within two minutes."""
+
+STOP_SECONDS = 40
+"""Longest time that the worker may take to stop: its trainings save their state."""
 
 START_SECONDS = 120
 """Longest time that the server may take to start."""
@@ -52,6 +59,12 @@ def environment(home: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": str(port),  # or the UI looks for the API at 4200
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # In memory, as they are by default, leases of the GPU slot do not survive the server, and
+        # nobody could give the slot back.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        "PWD": str(ROOT),  # prefect.yaml names it, and cwd= does not change it
         "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "3"),
     }
@@ -91,8 +104,11 @@ def automations() -> list["AutomationCore"]:
     from prefect.events.schemas.events import ResourceSpecification
 
     any_run = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
-    tagged = ResourceSpecification(
-        {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{AUTO_RESUME}"}
+    ours, to_resume = (
+        ResourceSpecification(
+            {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{tag}"}
+        )
+        for tag in (OUR_TAG, AUTO_RESUME)
     )
     return [
         AutomationCore(
@@ -103,6 +119,7 @@ def automations() -> list["AutomationCore"]:
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.*"},
                 match=any_run,
+                match_related=ours,  # others have other heartbeats
                 for_each={"prefect.resource.id"},
                 threshold=1,
                 within=timedelta(seconds=SILENCE_SECONDS),
@@ -121,7 +138,7 @@ def automations() -> list["AutomationCore"]:
                 posture=Posture.Reactive,
                 expect={"prefect.flow-run.Crashed"},
                 match=any_run,
-                match_related=tagged,
+                match_related=to_resume,
                 for_each={"prefect.resource.id"},
                 threshold=1,
                 within=timedelta(0),
@@ -147,14 +164,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"Port {options.port} is taken. Choose another one: --port {options.port + 1}")
         return 2
     os.environ |= environment(options.home.resolve(), options.port)
-    # SIGTERM ends the with blocks below as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A closed terminal and SIGTERM end the with blocks below as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         with _process("server", "start", "--host", HOST, "--port", str(options.port)) as server:
             _wait_for(server, options.port)
             set_up()
             deploying = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-            subprocess.run(deploying, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            deployed = subprocess.run(deploying, cwd=ROOT, capture_output=True, text=True)
+            if deployed.returncode:
+                _say(f"prefect deploy --all failed:\n{deployed.stdout}{deployed.stderr}")
+                return 1
             with _process("worker", "start", "--pool", POOL, "--type", "process") as worker:
                 _say(
                     f"Prefect's UI: http://{HOST}:{options.port}\n"
@@ -180,7 +201,7 @@ def _process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         finally:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
 
@@ -197,7 +218,7 @@ def _answers(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}/api/health", timeout=2):
             return True
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, http.client.HTTPException):
         return True
     except OSError:
         return False

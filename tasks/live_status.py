@@ -67,6 +67,7 @@ class LiveStatus:
 
     def close(self) -> None:
         """Send what is left, but wait no longer than a few seconds for it."""
+        self._states.clear()  # a late one must not follow the final state
         self._stop.set()
         self._thread.join(timeout=5)
 
@@ -76,15 +77,15 @@ class LiveStatus:
         self._send()
 
     def _send(self) -> None:
-        try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-                self._send_states()
-                self._send_progress()
-        except Exception as error:  # see the top of this file
-            logger.debug("Not sent to Prefect: %s", error)
+        for send in (self._send_states, self._send_progress):
+            try:
+                with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                    send()
+            except Exception as error:  # see the top of this file
+                logger.debug("Not sent to Prefect: %s", error)
 
     def _send_states(self) -> None:
-        while self._states:
+        while self._states and not self._stop.is_set():
             name, message = self._states[0]
             with get_client(sync_client=True) as client:
                 state: State[None] = Running(name=name, message=message)

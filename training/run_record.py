@@ -16,7 +16,7 @@ from typing import Any
 
 from training import store
 from training.settings import Settings, to_yaml
-from training.stages import plan
+from training.stages import STAGES, plan
 from training.store import StageRequest, StageResult, digest_of, write_atomically
 
 SCHEMA_VERSION = 1
@@ -31,14 +31,16 @@ class RunRecord:
     every stage all of it is written again, each file whole.
     """
 
-    def __init__(self, settings: Settings, outputs: Path) -> None:
+    def __init__(self, settings: Settings, outputs: Path, *, until: str | None = None) -> None:
+        """Begin the record of a run, which may end with the stage `until`."""
         self.settings = settings
         self.name = run_name(settings)
         self.directory = outputs / "runs" / self.name
         self.stages: dict[str, StageResult] = {}
-        self._outputs = outputs
+        self._outputs, self._until = outputs, until
         self._started = _now()
         self._places: dict[str, str] = {}
+        self._earlier = self._read_earlier()
         self.write(state="running")
 
     def begin(self, request: StageRequest) -> None:
@@ -62,7 +64,8 @@ class RunRecord:
             "state": state,
             "seed": self.settings.seed,
             "command": ["rotvit", *sys.argv[1:]],
-            "resume": resume_command(self.directory, self._outputs),
+            "until": self._until,
+            "resume": resume_command(self.directory, self._outputs, self._until),
             "directories": self._places,
             "started_at": self._started,
             "written_at": _now(),
@@ -75,7 +78,28 @@ class RunRecord:
             ),
         }
         _write_json(self.directory / "run.json", facts)
-        _write_json(self.directory / "results.json", self.results())
+        _write_json(self.directory / "results.json", self._results_and_earlier())
+
+    def _read_earlier(self) -> dict[str, Any]:
+        """Return the rows of an earlier run with these settings: one that went further counts."""
+        try:
+            found = json.loads((self.directory / "results.json").read_bytes())
+            rows: dict[str, Any] = found["stages"]
+        except (OSError, ValueError, KeyError):
+            return {}
+        return rows
+
+    def _results_and_earlier(self) -> dict[str, Any]:
+        results = self.results()
+        rows = results["stages"]
+        if all(
+            self._earlier[name]["key"] == rows[name]["key"]
+            for name in rows
+            if name in self._earlier
+        ):
+            merged = {**self._earlier, **rows}
+            results["stages"] = {name: merged[name] for name in STAGES if name in merged}
+        return results
 
     def results(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
@@ -118,25 +142,28 @@ def note_end(
         "state": state,
         "message": message,
         "last_checkpoint": _newest_checkpoint(outputs, facts["directories"]),
-        "resume": resume_command(directory, outputs),
+        "resume": resume_command(directory, outputs, facts["until"]),
         "written_at": _now(),
     }
     _write_json(directory / "run.json", {**facts, **added})
     return added
 
 
-def resume_command(directory: Path, outputs: Path) -> str:
+def resume_command(directory: Path, outputs: Path, until: str | None) -> str:
     """Return the command that goes on with the run recorded in `directory`."""
-    config = shlex.quote(str(directory / "config.yaml"))
-    return f"rotvit run --config {config} --outputs {shlex.quote(str(outputs))}"
+    words = ["rotvit", "run", "--config", str(directory / "config.yaml")]
+    words += ["--outputs", str(outputs)]
+    if until:
+        words += ["--until", until.replace("_", "-")]
+    return shlex.join(words)
 
 
 def _newest_checkpoint(outputs: Path, keys: Mapping[str, str]) -> str | None:
     """Return the newest checkpoint of the last stage of a run that has any."""
     for place in reversed(list(keys.values())):
-        step = store.newest_step(outputs / place)
-        if step is not None:
-            return str(outputs / place / store.CHECKPOINTS / f"step-{step:08d}")
+        newest = store.newest_checkpoint(outputs / place)
+        if newest is not None:
+            return str(newest)
     return None
 
 
@@ -155,7 +182,7 @@ def record_if_all_cached(
         if found is None:
             return None
         results[stage.name] = found
-    record = RunRecord(settings, outputs)
+    record = RunRecord(settings, outputs, until=until)
     for result in results.values():
         record.add(result)
     record.write(state="finished")

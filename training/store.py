@@ -226,9 +226,16 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def newest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint in a stage's directory, complete or not verified yet."""
-    steps = (checkpoint_step(path) for path in (directory / CHECKPOINTS).glob("step-*"))
-    return max((step for step in steps if step is not None), default=None)
+    """Step of the newest checkpoint in a stage's directory; it has not been verified."""
+    newest = newest_checkpoint(directory)
+    return None if newest is None else checkpoint_step(newest)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint in a stage's directory; it has not been verified."""
+    found = (directory / CHECKPOINTS).glob("step-*")
+    # By name: steps have leading zeros, and of two of a step the evaluated one is the newer.
+    return max((path for path in found if checkpoint_step(path) is not None), default=None)
 
 
 def write_config(request: StageRequest) -> None:

@@ -45,7 +45,6 @@ class Prefect:
         self.environment = {
             **service.environment(home, self.port),
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PYTHONWARNINGS": "default",
         }
         self.url = self.environment["PREFECT_API_URL"]
         self.server: subprocess.Popen[bytes] | None = None

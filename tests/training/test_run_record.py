@@ -1,9 +1,11 @@
 import json
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from training.run_record import RunRecord, run_name
-from training.settings import Settings, merge, to_yaml, validate
+from training.run_record import RunRecord, note_end, run_name
+from training.settings import Settings, build_settings, merge, to_yaml, validate
 from training.store import StageResult
 
 
@@ -71,3 +73,40 @@ def test_the_report_is_put_beside_the_record(tmp_path: Path, tiny_settings: Sett
     record = RunRecord(tiny_settings, tmp_path)
     record.add(result("report", tmp_path / "made"))
     assert (record.directory / "report" / "index.html").read_text() == "<p>page"
+
+
+def test_a_shorter_run_leaves_the_results_of_a_longer_one(
+    tmp_path: Path, tiny_settings: Settings
+) -> None:
+    longer = RunRecord(tiny_settings, tmp_path)
+    for stage in ("prepare_data", "pretrain", "linear_probe"):
+        longer.add(result(stage, tmp_path / stage))
+    shorter = RunRecord(tiny_settings, tmp_path, until="pretrain")
+    shorter.add(result("prepare_data", tmp_path / "prepare_data", status="cached"))
+    found = json.loads((longer.directory / "results.json").read_bytes())["stages"]
+    assert list(found) == ["prepare_data", "pretrain", "linear_probe"]
+    assert found["prepare_data"]["status"] == "cached"
+    # Other images: what was made of the old ones is not shown beside them.
+    shorter.add(result("prepare_data", tmp_path / "other", key="f" * 16))
+    found = json.loads((longer.directory / "results.json").read_bytes())["stages"]
+    assert list(found) == ["prepare_data"]
+
+
+def test_how_a_killed_run_ended_is_noted_with_the_command_that_resumes(
+    tmp_path: Path, tiny_settings: Settings
+) -> None:
+    assert note_end(tiny_settings, tmp_path, state="crashed", message="") is None, "no record"
+    record = RunRecord(tiny_settings, tmp_path, until="linear_probe")
+    checkpoint = tmp_path / "pretrain" / "k" / "checkpoints" / "step-00000012-evaluated"
+    checkpoint.mkdir(parents=True)
+    request = SimpleNamespace(stage="pretrain", directory=tmp_path / "pretrain" / "k")
+    record.begin(request)  # type: ignore[arg-type]
+    added = note_end(tiny_settings, tmp_path, state="crashed", message="killed")
+    assert added is not None
+    facts = json.loads((record.directory / "run.json").read_bytes())
+    assert (facts["state"], facts["message"]) == ("crashed", "killed")
+    assert facts["last_checkpoint"].endswith("pretrain/k/checkpoints/step-00000012-evaluated")
+    words = shlex.split(facts["resume"])
+    assert words[:2] == ["rotvit", "run"]
+    assert words[words.index("--until") + 1] == "linear-probe"
+    assert build_settings(config=Path(words[words.index("--config") + 1])) == tiny_settings
