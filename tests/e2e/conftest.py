@@ -30,6 +30,7 @@ from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import service
+from tasks.gpu_slot import SLOT
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,6 +129,12 @@ class Prefect:
                 artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
             )
         return found
+
+    def gpu_slots_taken(self) -> int:
+        """How many trainings hold the GPU slot, as the server counts."""
+        with self._client() as client:
+            limit = client.read_global_concurrency_limit_by_name(SLOT)
+        return int(limit.active_slots)
 
     def logs(self, run: UUID) -> list[str]:
         """The lines that the UI shows of a flow run, its task runs' included."""
