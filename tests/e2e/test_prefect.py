@@ -112,13 +112,12 @@ def test_a_killed_flow_run_is_crashed_resumed_by_itself_and_its_orphans_are_clos
     stage.wait(30)
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"
     assert prefect.flow_run(run).run_count == 2
-    states = [(task.name, task.state_name) for task in prefect.task_runs(run)]
-    assert sorted(states) == [
-        ("prepare_data", "Cached"),
-        ("prepare_data", "Cached"),
-        ("pretrain", "Completed"),
-        ("pretrain", "Crashed"),
-    ]
+    states = sorted(str(task.state_name) for task in prefect.task_runs(run))
+    assert states in (
+        ["Cached", "Cached", "Completed", "Crashed"],  # the images were there before
+        ["Cached", "Completed", "Completed", "Crashed"],
+    )
+    assert prefect.task_states(run) == {"prepare_data": "Cached", "pretrain": "Completed"}
     assert result_of(prefect, 2)["status"] == "resumed"
 
 
