@@ -1,6 +1,7 @@
 # make demo    set up, then run the default preset: from nothing to a table of results
 # make test    set up, then run every check
 # make ui      set up, then Prefect's server, worker and UI on this machine
+# make e2e     runs against a real server and worker, with what can fail there; a quarter of an hour
 # make check   the same checks in the environment that is active (or .venv)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ BIN := .venv/bin
 IN_VENV := $(wildcard $(BIN)/python)
 RUN = $(if $(IN_VENV),$(BIN)/,)
 
-.PHONY: demo test ui check fast clean
+.PHONY: demo test ui check e2e fast clean
 
 demo: .venv/installed
 	$(BIN)/rotvit run
@@ -26,6 +27,9 @@ check:
 	$(RUN)mypy
 	$(RUN)lint-imports
 	$(RUN)pytest
+
+e2e:
+	$(RUN)pytest -m e2e
 
 fast:
 	$(RUN)pytest -m "not slow"

@@ -19,7 +19,7 @@ from flows.service import AUTO_RESUME, HEARTBEAT_SECONDS, SILENCE_SECONDS
 if TYPE_CHECKING:  # the tests are no package that could be imported from
     from tests.e2e.conftest import Prefect
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LONG = "pretrain.epochs=300"
 """Some 20 seconds of training."""
@@ -112,13 +112,13 @@ def test_a_killed_flow_run_is_crashed_resumed_by_itself_and_its_orphans_are_clos
     assert time.monotonic() - killed < 120
     stage.wait(30)
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"
-    # A worker under load has been seen to report the same death twice (Prefect 3.8.8), so that two
-    # attempts ran; the lock of the stage makes that harmless.
+    # The worker reports some deaths twice (Prefect 3.8.8): then two attempts run, and the lock of
+    # the stage makes that harmless.
     assert prefect.flow_run(run).run_count <= MOST_RUNS
-    assert prefect.task_states(run) == {"prepare_data": "Cached", "pretrain": "Completed"}
-    ended = {str(task.state_name) for task in prefect.task_runs(run)}
-    assert "Crashed" in ended, "the orphan is closed"
-    assert ended <= {"Cached", "Completed", "Crashed"}
+    trainings = [task for task in prefect.task_runs(run) if task.name == "pretrain"]
+    oldest, *later = sorted(trainings, key=lambda task: task.created or 0)
+    assert oldest.state_name == "Crashed", "the orphan is closed"
+    assert "Completed" in {task.state_name for task in later}
     assert result_of(prefect, 2)["status"] == "resumed"
 
 
