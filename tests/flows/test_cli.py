@@ -226,11 +226,14 @@ def test_ctrl_c_says_that_the_same_command_resumes(flow: FlowStub, capsys: Captu
 def test_a_signal_to_end_is_obeyed_in_order(
     number: signal.Signals, status: int, flow: FlowStub, capsys: Capture
 ) -> None:
-    before = signal.getsignal(number)
-    flow.act = lambda: signal.raise_signal(number)
-    assert main(["run"]) == status
-    assert capsys.readouterr().err == "Stopped. The same command resumes.\n"
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        flow.act = lambda: signal.raise_signal(number)
+        assert main(["run"]) == status
+        assert capsys.readouterr().err == "Stopped. The same command resumes.\n"
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_under_nohup_a_closed_terminal_does_not_end_the_run(flow: FlowStub) -> None:
