@@ -7,7 +7,7 @@ from typing import Any
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 
-from training.settings import ConfigError, Settings, override
+from training.settings import Settings, override
 
 
 class RunParameters(BaseModel):
@@ -32,7 +32,7 @@ def run_name() -> str:
     try:
         common = {name: given[name] for name in RunParameters.model_fields if name in given}
         settings, _ = RunParameters.model_validate(common).resolved()
-    except (ConfigError, ValueError):  # the run will fail on it, and say why
+    except ValueError:  # the run will fail on it, and say why
         return "unusable settings"
     source = settings.data.source.rpartition("/")[2]
     return f"{settings.preset} · {source} · seed {settings.seed}"

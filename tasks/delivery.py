@@ -70,10 +70,10 @@ def compute(request: StageRequest) -> StageResult:
     if found:
         return found
     stage = STAGES[request.stage]
-    with live_status(request) as status, ExitStack() as slot:
-        if stage.trains and status:
-            slot.enter_context(gpu_slot(status.name_state))
-        if stage.in_child:
+    if stage.in_child:
+        with live_status(request) as status, ExitStack() as slot:
+            if stage.trains and status:
+                slot.enter_context(gpu_slot(status.name_state))
             return run_in_child(request)
     from training.runner import run_stage
 
