@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training.presets import PRESETS
-from training.stages import STAGES, Stage, plan, stage_named
+from training.stages import STAGES, Stage, plan, refreshed
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -274,16 +274,7 @@ def _settings(
 
 def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]) -> None:
     outputs = outputs.expanduser().resolve()
-    planned = [stage.name for stage in plan(settings, until)]
-    again = [stage_named(name).name for name in refresh]
-    for name in again:
-        if name not in planned:
-            from training.settings import ConfigError
-
-            raise ConfigError(
-                f"--refresh takes stages that this command runs: "
-                f"{', '.join(map(_title, planned))}; got {_title(name)!r}."
-            )
+    again = refreshed(refresh, plan(settings, until))
     from training import preflight
 
     preflight.check(settings, outputs, until)

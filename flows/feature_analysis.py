@@ -6,7 +6,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.parameters import RunParameters, run_name
+from flows.parameters import RunParameters, StageName, run_name
 from flows.rotation_vit import ENDS_BADLY, run_stages
 from training.settings import Settings
 
@@ -16,7 +16,7 @@ def analyse_features(
     settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
     outputs: Path = Path("outputs"),
     overrides: Sequence[str] = (),
-    refresh: Sequence[str] = (),
+    refresh: Sequence[StageName] = (),
 ) -> dict[str, Any]:
     """Score every layer of the pretrained backbone, with what that needs.
 

@@ -2,12 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect.runtime import flow_run
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 from training.settings import Settings, override
+from training.stages import STAGES, stage_named
+
+
+def _stage_name(name: str) -> str:
+    return stage_named(name).name.replace("_", "-")
+
+
+StageName = Annotated[
+    str,
+    AfterValidator(_stage_name),
+    Field(json_schema_extra={"enum": [name.replace("_", "-") for name in STAGES]}),
+]
+"""A stage, as the UI's form offers them; underscores are taken, too."""
 
 
 class RunParameters(BaseModel):

@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.hooks import close_orphans, close_own_orphans, note_end
-from flows.parameters import RunParameters, run_name
+from flows.parameters import RunParameters, StageName, run_name
 from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
 from tasks.feature_analysis import feature_analysis
@@ -23,7 +23,7 @@ from tasks.report import report
 from training import preflight, store
 from training.run_record import RunRecord
 from training.settings import Settings
-from training.stages import plan, stage_named
+from training.stages import plan, refreshed
 from training.tracking import wandb_mode
 
 logger = logging.getLogger("training.flow")
@@ -62,8 +62,8 @@ def rotation_vit(
     settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
     outputs: Path = Path("outputs"),
     overrides: Sequence[str] = (),
-    until: str | None = None,
-    refresh: Sequence[str] = (),
+    until: StageName | None = None,
+    refresh: Sequence[StageName] = (),
 ) -> dict[str, Any]:
     """Pretrain a Vision Transformer by rotation prediction and measure what it learned.
 
@@ -110,17 +110,18 @@ def run_stages(
         )
     if (flow_run.run_count or 0) > 1:
         close_own_orphans()
+    stages = plan(settings, until)
+    again = refreshed(refresh, stages)
     preflight.check(settings, outputs, until)
-    again = {stage_named(name).name for name in refresh}
     if settings.tracking.wandb == "auto" and wandb_mode(settings.tracking) == "disabled":
         logger.info("W&B is off: no key found. Set WANDB_API_KEY, or tracking.wandb=offline.")
     record = RunRecord(settings, outputs, until=until)
     try:
-        for stage in plan(settings, until):
+        for stage in stages:
             request = store.make_request(stage, settings, outputs, record.stages, record.name)
             record.begin(request)
             if stage.name in again:
-                store.discard(request)
+                store.refresh(request, str(flow_run.id))
             record.add(deliver(TASKS[stage.name], request))
             publish(record.results(), stage.name, record.directory)
     except BaseException:

@@ -29,10 +29,10 @@ GRACE_SECONDS = 25
 class StageFailedError(RuntimeError):
     """A stage's process ended without a result."""
 
-    def __init__(self, message: str, *, step: int) -> None:
-        """Say why, and at which step a retry starts (0 for the beginning)."""
+    def __init__(self, message: str, *, reached: int) -> None:
+        """Say why, and how far it came: see `store.progress_on_disk`."""
         super().__init__(message)
-        self.step = step
+        self.reached = reached
 
 
 class StageStoppedError(RuntimeError):
@@ -115,12 +115,12 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
         return StageResult.model_validate(events["result"])
     if code == EXIT_RESUME:
         raise StageStoppedError(f"{request.stage} was stopped and has saved its state.")
-    step = store.newest_step(request.directory) or 0
+    reached = store.progress_on_disk(request)
     if "error" in events:
         name, message = events["error"]["type"], events["error"]["message"]
         if name in ERRORS_BY_NAME:
             raise ERRORS_BY_NAME[name](message)
-        raise StageFailedError(f"{request.stage} failed with {name}: {message}", step=step)
+        raise StageFailedError(f"{request.stage} failed with {name}: {message}", reached=reached)
     if code < 0:
         cause = signal.Signals(-code).name
         hint = (
@@ -130,8 +130,8 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
             else ""
         )
         raise StageFailedError(
-            f"The process of {request.stage} was ended by {cause}{hint}.", step=step
+            f"The process of {request.stage} was ended by {cause}{hint}.", reached=reached
         )
     raise StageFailedError(
-        f"The process of {request.stage} ended with exit status {code}.", step=step
+        f"The process of {request.stage} ended with exit status {code}.", reached=reached
     )

@@ -7,6 +7,7 @@ the other. Prefect does not look whether the files that a record names are sound
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import wraps
 from importlib import import_module
 from typing import Any
 from uuid import UUID
@@ -14,6 +15,7 @@ from uuid import UUID
 from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.states import Completed
 
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from tasks.gpu_slot import gpu_slot
@@ -23,41 +25,64 @@ from training.errors import USER_ERRORS
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 
-StageTask = Task[[StageRequest], StageResult]
+StageTask = Task[[StageRequest], StageResult | State[StageResult]]
+RetryCondition = Callable[[Task[..., Any], TaskRun, State[Any]], bool]
 
-RETRIES = 2
-"""Attempts in a row that may end without a newer checkpoint than the one before had, after the
-first such attempt. Each goes on from the newest checkpoint."""
+WAITS_SECONDS = (5.0,)
+"""Waits before the attempts at a stage, the last one repeated: a training that crashed has nothing
+to wait for."""
+
+GROWING_WAITS_SECONDS = (5.0, 15.0, 45.0, 120.0, 300.0)
+"""The same for what depends on networks and storage, which need time to recover."""
 
 MOST_RETRIES = 50
 """Attempts in all, however much progress each of them makes."""
 
-RETRY_DELAY_SECONDS = 5
 
+def stage_task(
+    *, waits: Sequence[float] = WAITS_SECONDS, fruitless: int = 2
+) -> Callable[[Callable[[StageRequest], StageResult]], StageTask]:
+    """Make a task of a function that runs a stage; a decorator.
 
-def stage_task(function: Callable[[StageRequest], StageResult]) -> StageTask:
-    """Make a task of a function that runs a stage; a decorator."""
-    decorate = task(
-        name=function.__name__.replace("_", "-"),
-        task_run_name="{request.stage}",
-        cache_key_fn=_cache_key,
-        persist_result=True,
-        result_serializer="json",
-        retries=MOST_RETRIES,
-        retry_delay_seconds=RETRY_DELAY_SECONDS,
-        retry_condition_fn=_is_worth_a_retry,
-    )
-    made: StageTask = decorate(function)
-    return made
+    Args:
+        waits: Seconds before the second, third, ... attempt; the last one is repeated.
+        fruitless: Attempts in a row that may get no further than the one before, after the first
+            such attempt. Each goes on from what is on disk.
+    """
+
+    def decorate(function: Callable[[StageRequest], StageResult]) -> StageTask:
+        @wraps(function)
+        def run(request: StageRequest) -> StageResult | State[StageResult]:
+            result = function(request)
+            if result.status != "cached":
+                return result
+            # Another run has made it since `deliver` looked, or Prefect's own record is gone.
+            return Completed(name="Cached", message="It was there already.", data=result)
+
+        made: StageTask = task(
+            name=function.__name__.replace("_", "-"),
+            task_run_name="{request.stage}",
+            cache_key_fn=_cache_key,
+            persist_result=True,
+            result_serializer="json",
+            retries=MOST_RETRIES,
+            retry_delay_seconds=list(waits),
+            retry_condition_fn=_while_there_is_progress(fruitless),
+        )(run)
+        return made
+
+    return decorate
 
 
 def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
     """Call a stage's task: *Cached* in Prefect's UI exactly where its result verifies."""
     verdict = store.inspect(request)
-    result = delivering.with_options(
+    made = delivering.with_options(
         result_storage=request.outputs, refresh_cache=verdict.result is None
     )(request)
-    return verdict.result or result
+    if isinstance(made, State):
+        made = made.result()
+    return verdict.result or made
 
 
 def compute(request: StageRequest) -> StageResult:
@@ -87,28 +112,34 @@ def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:
     return f"{place}/prefect-{request.stage}.json"
 
 
-_steps_reached: dict[UUID, dict[int, int]] = {}
-"""Step of the newest checkpoint at the end of each failed attempt, by task run and attempt."""
+def _while_there_is_progress(fruitless: int) -> RetryCondition:
+    """Return what tells Prefect to try a stage again: what may go better the next time.
+
+    A plain function, as Prefect takes nothing else (an object that is called would be taken for
+    "never" without a word).
+    """
+    reached: dict[UUID, dict[int, int]] = {}
+    """How far each failed attempt came, by task run and attempt; Prefect may ask twice."""
+
+    def is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, (*USER_ERRORS, StageStoppedError)):
+            return False
+        came = reached.setdefault(task_run.id, {})
+        came[task_run.run_count] = error.reached if isinstance(error, StageFailedError) else 0
+        return attempts_without_progress(list(came.values())) <= fruitless
+
+    return is_worth_a_retry
 
 
-def _is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry what may go better the next time, as long as there is progress. May be asked twice."""
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, (*USER_ERRORS, StageStoppedError)):
-        return False
-    reached = _steps_reached.setdefault(task_run.id, {})
-    reached[task_run.run_count] = error.step if isinstance(error, StageFailedError) else 0
-    return attempts_without_progress(list(reached.values())) <= RETRIES
-
-
-def attempts_without_progress(steps: Sequence[int]) -> int:
+def attempts_without_progress(reached: Sequence[int]) -> int:
     """Return how many of the last attempts brought nothing.
 
     Args:
-        steps: Step of the newest checkpoint after each attempt, 0 where there was none.
+        reached: How far each attempt came, in any unit; 0 where there was nothing.
     """
     fruitless = best = 0
-    for step in steps:
-        fruitless = 0 if step > best else fruitless + 1
-        best = max(best, step)
+    for amount in reached:
+        fruitless = 0 if amount > best else fruitless + 1
+        best = max(best, amount)
     return fruitless

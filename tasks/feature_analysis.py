@@ -4,7 +4,7 @@ from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
-@stage_task
+@stage_task()
 def feature_analysis(request: StageRequest) -> StageResult:
     """Probe every layer of the pretrained backbone, and of a random one."""
     return compute(request)

@@ -4,7 +4,7 @@ from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
-@stage_task
+@stage_task()
 def from_scratch(request: StageRequest) -> StageResult:
     """Train the same network without pretraining; a retry goes on from the newest checkpoint."""
     return compute(request)

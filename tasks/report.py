@@ -4,7 +4,7 @@ from tasks.delivery import compute, stage_task
 from training.store import StageRequest, StageResult
 
 
-@stage_task
+@stage_task()
 def report(request: StageRequest) -> StageResult:
     """Draw the tables and figures of all stages as one page."""
     return compute(request)

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import yaml
 from prefect import Flow
+from prefect.exceptions import ParameterTypeError
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
 from flows import service
 from training.presets import PRESETS
 from training.settings import build_settings
+from training.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,3 +77,17 @@ def test_the_form_names_every_setting_with_its_meaning_and_choices() -> None:
     assert pretrain["epochs"]["default"] == 5
     assert "Passes over the training images" in pretrain["epochs"]["description"]
     assert pretrain["rotations"]["enum"] == ["all", "random"]
+    assert schema["definitions"]["Settings"]["properties"]["preset"]["enum"] == list(PRESETS)
+    stages = [name.replace("_", "-") for name in STAGES]
+    assert schema["properties"]["until"]["anyOf"][0]["enum"] == stages
+    assert schema["properties"]["refresh"]["items"]["enum"] == stages
+
+
+def test_a_stage_that_there_is_not_is_refused_with_the_parameters() -> None:
+    whole = flow_of(HERE[0])
+    parameters = HERE[0]["parameters"]
+    assert whole.validate_parameters({**parameters, "until": "linear_probe"})["until"] == (
+        "linear-probe"
+    )
+    with pytest.raises(ParameterTypeError, match="until"):
+        whole.validate_parameters({**parameters, "until": "pretrian"})

@@ -254,7 +254,7 @@ class TrackingSettings(Section):
 class Settings(Section):
     """Everything that a run depends on."""
 
-    preset: str = "drawn"
+    preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] = "drawn"
     """Which named set of values the ones given here are laid over."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, order, augmentation and dropout."""

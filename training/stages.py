@@ -4,7 +4,7 @@ This table holds no computation and imports no torch, so that keys and states ar
 milliseconds. What a stage computes is in the module of its name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,3 +169,23 @@ def plan(settings: "Settings", until: str | None = None) -> list[Stage]:
 
     want(stage_named(until or "report").name)
     return [stage for stage in _ALL if stage.name in wanted]
+
+
+def refreshed(names: Iterable[str], planned: Iterable[Stage]) -> list[str]:
+    """Return the stages to compute again, written with `-` or `_`, by their names.
+
+    Raises:
+        ConfigError: If one is no stage, or none of those that run.
+    """
+    found = [stage_named(name).name for name in names]
+    running = [stage.name for stage in planned]
+    for name in found:
+        if name not in running:
+            from training.settings import ConfigError
+
+            known = ", ".join(name.replace("_", "-") for name in running)
+            raise ConfigError(
+                f"What to refresh must be among the stages that run: {known}; got "
+                f"{name.replace('_', '-')!r}."
+            )
+    return found

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from data import prepared, sources
 from training.lock import locked
 from training.settings import Settings, flatten
-from training.stages import Stage
+from training.stages import STAGES, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -213,10 +213,34 @@ def lock_path(request: StageRequest) -> Path:
     return request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
 
 
-def discard(request: StageRequest) -> None:
-    """Remove what there is for a request, checkpoints included, once nobody computes it."""
+def refresh(request: StageRequest, run_id: str) -> None:
+    """Remove what there is for a request, checkpoints included, once nobody computes it.
+
+    Once per flow run, so that a run which is started again goes on instead of beginning anew; and
+    where an earlier refresh was interrupted, its work is kept too.
+
+    Args:
+        request: What is to be computed again.
+        run_id: Of the flow run, the same in all attempts at it.
+    """
+    marker = lock_path(request).with_suffix(".refreshed")
     with locked(lock_path(request), what=request.stage):
-        shutil.rmtree(request.directory, ignore_errors=True)
+        before = marker.read_text() if marker.is_file() else ""
+        if before == run_id:
+            return
+        step = newest_step(request.directory)
+        if before and step is not None and not (request.directory / "result.json").is_file():
+            logger.warning(
+                "%s goes on at step %d of the refresh that was interrupted. To begin it anew, "
+                "delete %s.",
+                request.stage,
+                step,
+                request.directory,
+            )
+        else:
+            shutil.rmtree(request.directory, ignore_errors=True)
+        # Last: cut off before this, the next attempt removes what is not there.
+        write_atomically(marker, run_id.encode())
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -236,6 +260,20 @@ def newest_checkpoint(directory: Path) -> Path | None:
     found = (directory / CHECKPOINTS).glob("step-*")
     # By name: steps have leading zeros, and of two of a step the evaluated one is the newer.
     return max((path for path in found if checkpoint_step(path) is not None), default=None)
+
+
+def progress_on_disk(request: StageRequest) -> int:
+    """Return how far an unfinished stage came: a number that grows from attempt to attempt.
+
+    Of a training the step of its newest checkpoint, of any other stage the bytes that it wrote.
+    """
+    if STAGES[request.stage].trains:
+        return newest_step(request.directory) or 0
+    written = 0
+    for path in request.directory.rglob("*"):
+        with suppress(OSError):  # another process may be at work here
+            written += path.stat().st_size if path.is_file() else 0
+    return written
 
 
 def write_config(request: StageRequest) -> None:

@@ -127,7 +127,8 @@ def test_version_is_printed(capsys: Capture) -> None:
         (["run", "--refresh", "pretrian"], "A stage must be one of prepare-data, "),
         (
             ["run", "--until", "pretrain", "--refresh", "report"],
-            "--refresh takes stages that this command runs: prepare-data, pretrain; got 'report'.",
+            "What to refresh must be among the stages that run: prepare-data, pretrain; "
+            "got 'report'.",
         ),
         (["run", "--set", "data.source=folder:/no/such"], "/no/such"),
         (["status", "--set", "data.source=drawn11"], "Did you mean drawn10?"),

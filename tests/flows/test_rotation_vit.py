@@ -64,6 +64,18 @@ def test_the_same_again_is_cached_in_every_stage_and_in_prefect(
     assert states_in_prefect() == dict.fromkeys(STAGE_NAMES, "Cached")
 
 
+def test_a_stage_is_cached_too_where_only_prefects_own_record_is_gone(
+    outputs: Path, tiny_settings: Settings
+) -> None:
+    records = list(outputs.glob("*/*/prefect-*.json"))
+    assert len(records) >= len(STAGE_NAMES)
+    for path in records:
+        path.unlink()
+    results = rotation_vit(tiny_settings, outputs)
+    assert statuses(results) == dict.fromkeys(STAGE_NAMES, "cached")
+    assert states_in_prefect() == dict.fromkeys(STAGE_NAMES, "Cached")
+
+
 def test_a_changed_fine_tuning_setting_computes_only_what_follows_from_it(
     outputs: Path, tiny_values: dict[str, Any]
 ) -> None:

@@ -1,8 +1,25 @@
-"""How often a stage is tried."""
+"""How often a stage is tried, and when it counts as cached."""
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
-from tasks.delivery import attempts_without_progress
+from tasks.child_process import StageFailedError
+from tasks.delivery import attempts_without_progress, deliver, stage_task
+from tasks.prepare_data import prepare_data
+from tasks.pretrain import pretrain
+from training import store
+from training.settings import ConfigError, merge, validate
+from training.stages import STAGES
+from training.store import StageRequest, StageResult
 
 
 @pytest.mark.parametrize(
@@ -20,3 +37,101 @@ from tasks.delivery import attempts_without_progress
 )
 def test_only_attempts_that_get_no_further_count(steps: list[int], fruitless: int) -> None:
     assert attempts_without_progress(steps) == fruitless
+
+
+@pytest.fixture
+def request_of(
+    run_stages: Callable[..., dict[str, StageResult]],
+    tiny_values: dict[str, Any],
+    tmp_path: Path,
+) -> Callable[..., StageRequest]:
+    """The request of a pretraining, with changed settings."""
+
+    def make(**changes: Any) -> StageRequest:
+        settings = validate(merge(tiny_values, {"pretrain": changes}))
+        results = run_stages(settings, tmp_path, "prepare_data")
+        return store.make_request(STAGES["pretrain"], settings, tmp_path, results)
+
+    return make
+
+
+def states(flow_run_name: str) -> list[str]:
+    """Names of the states that the only task run of a flow run went through."""
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name]))
+        )
+        return [state.name or "" for state in client.read_task_run_states(run.id)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_backend")
+def test_who_waited_for_another_runs_pretraining_shows_it_as_cached(
+    request_of: Callable[..., StageRequest], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="training")
+    request = request_of(epochs=400)
+    store.begin(request)
+
+    @flow(flow_run_name="waits")
+    def waits() -> StageResult:
+        return deliver(pretrain, request)
+
+    with subprocess.Popen([sys.executable, "-m", "training.pretrain", request.directory]) as other:
+        while not list(request.directory.glob("checkpoints/step-*")):
+            time.sleep(0.05)
+        result = waits()
+    assert other.returncode == 0
+    assert "Waiting for another run that computes pretrain" in caplog.text
+    assert result.status == "cached"
+    assert result == store.inspect(request).result
+    assert states("waits")[-1] == "Cached"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_backend")
+def test_a_stage_is_tried_again_as_long_as_it_gets_further(
+    request_of: Callable[..., StageRequest],
+) -> None:
+    request = request_of()
+    amounts = [0, 5, 5, 9, 9, 9, 12]
+    tried: list[int] = []
+
+    @stage_task(waits=[0], fruitless=1)
+    def crashing(request: StageRequest) -> StageResult:
+        tried.append(amounts[len(tried)])
+        raise StageFailedError("It crashed.", reached=tried[-1])
+
+    @flow(flow_run_name="tries")
+    def tries() -> StageResult:
+        return deliver(crashing, request)
+
+    with pytest.raises(StageFailedError):
+        tries()
+    assert tried == [0, 5, 5, 9, 9, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_backend")
+def test_a_users_mistake_is_not_tried_again(request_of: Callable[..., StageRequest]) -> None:
+    tried: list[StageRequest] = []
+
+    @stage_task(waits=[0])
+    def mistaken(request: StageRequest) -> StageResult:
+        tried.append(request)
+        raise ConfigError("No such thing.")
+
+    @flow
+    def tries() -> StageResult:
+        return deliver(mistaken, request_of())
+
+    with pytest.raises(ConfigError):
+        tries()
+    assert len(tried) == 1
+
+
+def test_what_waits_for_networks_waits_longer_each_time() -> None:
+    waits = prepare_data.retry_delay_seconds
+    assert isinstance(waits, list)
+    assert len(waits) == 5
+    assert all(later > earlier for earlier, later in itertools.pairwise(waits))

@@ -137,6 +137,36 @@ def test_checkpoints_without_a_result_are_partial_at_the_newest_step(
     assert (verdict.state, verdict.step) == ("partial", 12)
 
 
+def test_a_refresh_removes_everything_once_per_flow_run(request_pretrain: Request) -> None:
+    request = request_pretrain()
+    run_stage(request, compute)
+    store.refresh(request, "first")
+    assert not request.directory.exists()
+    (request.directory / store.CHECKPOINTS / "step-00000009").mkdir(parents=True)
+    store.refresh(request, "first")
+    assert store.inspect(request).step == 9, "a retry goes on"
+    run_stage(request, compute)
+    store.refresh(request, "first")
+    assert store.inspect(request).state == "cached", "it is not computed twice"
+    store.refresh(request, "second")
+    assert store.inspect(request).state == "missing"
+
+
+def test_a_refresh_keeps_the_work_of_an_interrupted_one_and_no_other(
+    request_pretrain: Request, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = request_pretrain()
+    checkpoint = request.directory / store.CHECKPOINTS / "step-00000009"
+    checkpoint.mkdir(parents=True)
+    store.refresh(request, "first")
+    assert not checkpoint.exists()
+    checkpoint.mkdir(parents=True)
+    store.refresh(request, "second")
+    assert checkpoint.exists()
+    assert "pretrain goes on at step 9 of the refresh that was interrupted" in caplog.text
+    assert f"delete {request.directory}" in caplog.text
+
+
 def test_a_result_built_on_a_replaced_input_is_missing(
     request_pretrain: Request, tmp_path: Path, tiny_settings: Settings
 ) -> None:
