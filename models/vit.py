@@ -7,6 +7,7 @@ Dimension key: B = images in the batch, S = image side in pixels, L = blocks, D 
 tokens, C = classes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ of 1e-12 is too small to matter in float32."""
 INITIAL_STD = 0.02
 """Standard deviation of the initial weights, as in transformers and timm."""
 
+WAVELENGTH = 10_000.0
+"""Longest wave of the first position embeddings, over 2 pi, in patches (Vaswani et al. 2017)."""
+
 
 def build_vit(
     image_size: int,
@@ -40,11 +44,14 @@ def build_vit(
 ) -> ViTForImageClassification:
     """Return a new Vision Transformer on the CPU, in train mode, with a head that guesses.
 
-    The weights are drawn from a generator of their own in the order of the layers, so they depend
-    on `seed` and the sizes alone: not on the global random state, which is left as it was, and,
-    the backbone's, not on the number of classes. The head is small, so that the first loss is
-    close to ln `num_labels`, but not zero: a backbone behind a zero head gets no gradient at first
-    and was seen to lose two epochs on the plateau (EXPERIMENTS.md).
+    Weights are drawn as in transformers, but the position embeddings begin as two-dimensional sines
+    and cosines, as in MAE (He et al. 2022), and are then trained. A normal distribution of 0.02
+    tells the places apart too faintly, and which way is up is about places: pretraining took twice
+    the epochs (EXPERIMENTS.md). Weights come from a generator of their own in the order of the
+    layers, so they depend on `seed` and the sizes alone: not on the global random state, which is
+    left as it was, and, the backbone's, not on the number of classes. The head is small, so that
+    the first loss is close to ln `num_labels`, but not zero: a backbone behind a zero head gets no
+    gradient at first and was seen to lose two epochs on the plateau (EXPERIMENTS.md).
 
     Args:
         image_size: Side of the square input, in pixels; a multiple of `patch_size`.
@@ -64,6 +71,8 @@ def build_vit(
     References:
         Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021,
         https://arxiv.org/abs/2010.11929
+        He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022,
+        https://arxiv.org/abs/2111.06377
     """
     sizes = {
         "image_size": image_size,
@@ -250,9 +259,28 @@ def _initialise(model: ViTForImageClassification, seed: int) -> None:
             parameter.zero_()
         elif "layernorm" in name:
             parameter.fill_(1.0)
+        elif name.endswith("position_embeddings"):
+            parameter.copy_(_waves(tokens=parameter.shape[1], width=parameter.shape[2]))
         else:
             # The head comes last, so the backbone does not depend on its size.
             parameter.normal_(std=INITIAL_STD, generator=generator)
+
+
+def _waves(tokens: int, width: int) -> Tensor:
+    """Return sines and cosines of the patches' columns and rows, `(1, tokens, width)`.
+
+    A quarter of the width each, at wavelengths in geometric progression; where 4 does not divide
+    the width the rest is zero, and so is the class token's place, the first.
+    """
+    side = math.isqrt(tokens - 1)
+    quarter = width // 4
+    frequencies = WAVELENGTH ** (-torch.arange(quarter, dtype=torch.float64) / max(1, quarter))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    by_place = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = by_place.repeat(side, 1), by_place.repeat_interleave(side, dim=0)
+    waves = torch.zeros(1, tokens, width, dtype=torch.float64)
+    waves[0, 1:, : 4 * quarter] = torch.cat([columns, rows], dim=1)
+    return waves.float()
 
 
 @torch.no_grad()

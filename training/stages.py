@@ -86,6 +86,7 @@ _ALL = (
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
         needs=lambda settings: {"data": "prepare_data"},
+        version=2,
         in_child=True,
         trains=True,
     ),
@@ -94,6 +95,7 @@ _ALL = (
         summary="Train a linear head on the frozen backbone, and on a random one as control.",
         reads=("seed", "linear_probe", *_LABELLED),
         needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        version=2,
     ),
     Stage(
         name="finetune_1",
@@ -118,6 +120,7 @@ _ALL = (
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"data": transfer_data(settings)},
+        version=2,
         in_child=True,
         trains=True,
     ),
@@ -126,6 +129,7 @@ _ALL = (
         summary="Probe every layer, from the embedding to the last block.",
         reads=("seed", "feature_analysis", "linear_probe", *_LABELLED),
         needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        version=2,
     ),
     Stage(
         name="report",

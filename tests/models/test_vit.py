@@ -86,7 +86,7 @@ def test_weights_depend_on_the_seed_alone(make_vit: MakeVit) -> None:
     other = make_vit(seed=4).state_dict()
     for name, weight in first.items():
         assert torch.equal(weight, again[name]), name
-        drawn = not name.endswith("bias") and "norm" not in name
+        drawn = not name.endswith(("bias", "position_embeddings")) and "norm" not in name
         assert torch.equal(weight, other[name]) != drawn, name
 
 
@@ -106,13 +106,15 @@ def test_the_global_random_state_is_left_alone(make_vit: MakeVit, rng: torch.Gen
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_initial_weights_are_distributed_as_transformers_draws_them(make_vit: MakeVit) -> None:
+def test_other_weights_are_distributed_as_transformers_draws_them(make_vit: MakeVit) -> None:
     sizes: dict[str, Any] = {"embed_dim": 70, "image_size": 35}
     ours = make_vit(**sizes)
     theirs = ViTForImageClassification(ours.config)
     for (name, weight), reference in zip(
         ours.vit.named_parameters(), theirs.vit.parameters(), strict=True
     ):
+        if name.endswith("position_embeddings"):
+            continue
         if weight.ndim > 1 and weight.numel() > 1000:
             # Five standard errors of a standard deviation.
             bound = 5 * 0.02 / math.sqrt(2 * weight.numel())
@@ -120,6 +122,25 @@ def test_initial_weights_are_distributed_as_transformers_draws_them(make_vit: Ma
             assert reference.std().item() == pytest.approx(0.02, abs=bound), name
         elif weight.ndim == 1:
             assert torch.equal(weight, reference), name
+
+
+def test_position_embeddings_begin_as_waves_along_columns_and_rows(make_vit: MakeVit) -> None:
+    model = make_vit(image_size=15, patch_size=5, embed_dim=18, num_heads=2)
+    places = model.vit.embeddings.position_embeddings
+    assert places.shape == (1, 10, 18)
+    assert places.requires_grad
+    assert not places[0, 0].any(), "the class token has no place"
+    assert not places[0, :, 16:].any(), "4 does not divide 18"
+    for row in range(3):
+        for column in range(3):
+            expected = [
+                wave(place / 10_000 ** (k / 4))
+                for place in (column, row)
+                for wave in (math.sin, math.cos)
+                for k in range(4)
+            ]
+            found = places[0, 1 + 3 * row + column, :16].tolist()
+            assert found == pytest.approx(expected, abs=1e-6), (row, column)
 
 
 def test_no_state_besides_the_weights(make_vit: MakeVit) -> None:
