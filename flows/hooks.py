@@ -3,29 +3,42 @@
 Prefect calls these in the flow's process, or, where that was killed, in one of the worker's.
 """
 
+import logging
+from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
 
 from prefect import Flow, get_client, runtime
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
     TaskRunFilter,
     TaskRunFilterState,
     TaskRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import Crashed
 
 from flows.parameters import RunParameters
+from flows.service import OUR_TAG
 from training import run_record
+
+AnyLogger = Logger | LoggerAdapter[Any]
 
 
 def note_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Write state, newest checkpoint and the command that resumes into `run.json` and the UI."""
-    logger = flow_run_logger(flow_run, flow)  # get_run_logger() does not work in a hook
+    # get_run_logger() does not work in a hook
+    _note_end(flow_run, state, flow_run_logger(flow_run, flow))
+
+
+def _note_end(flow_run: FlowRun, state: State[Any], logger: AnyLogger) -> None:
     try:
         parameters = RunParameters.model_validate(flow_run.parameters)
         settings, outputs = parameters.resolved()
@@ -57,7 +70,9 @@ def note_end(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
 
 def close_orphans(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Close the task runs of a killed process, which would be shown as running for ever."""
-    _close_task_runs(flow_run.id, f"Its flow run ended: {state.message}")
+    with get_client(sync_client=True) as client:
+        for orphan in _unfinished(client, FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))):
+            _close(client, orphan, f"Its flow run ended: {state.message}")
 
 
 def close_own_orphans() -> None:
@@ -65,16 +80,45 @@ def close_own_orphans() -> None:
 
     Where an automation found that the process was gone, no hook was called.
     """
-    _close_task_runs(UUID(str(runtime.flow_run.id)), "Its process was killed.")
-
-
-def _close_task_runs(flow_run_id: UUID, message: str) -> None:
-    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(runtime.flow_run.id))]))
     with get_client(sync_client=True) as client:
-        orphans = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
-            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
-        )
+        for orphan in _unfinished(client, mine):
+            _close(client, orphan, "Its process was killed.")
+
+
+def tidy_up_after_others() -> None:
+    """Do what the hooks of runs would have done that an automation found dead.
+
+    Nobody was left there to call them. Called where a new run begins and where the server is set
+    up.
+    """
+    ended = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[OUR_TAG]),
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(
+                any_=[StateType.CRASHED, StateType.FAILED, StateType.CANCELLED]
+            )
+        ),
+    )
+    with get_client(sync_client=True) as client:
+        orphans = _unfinished(client, ended)
         for orphan in orphans:
-            ended: State[None] = Crashed(message=message)
-            client.set_task_run_state(orphan.id, ended, force=True)
+            _close(client, orphan, "Its process was killed.")
+        for run_id in {orphan.flow_run_id for orphan in orphans if orphan.flow_run_id}:
+            run = client.read_flow_run(run_id)
+            if run.state is not None:
+                _note_end(run, run.state, logging.getLogger("training.flow"))
+
+
+def _unfinished(client: SyncPrefectClient, of_runs: FlowRunFilter) -> list[TaskRun]:
+    running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    found: list[TaskRun] = client.read_task_runs(
+        flow_run_filter=of_runs,
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
+    )
+    return found
+
+
+def _close(client: SyncPrefectClient, orphan: TaskRun, message: str) -> None:
+    ended: State[None] = Crashed(message=message)
+    client.set_task_run_state(orphan.id, ended, force=True)

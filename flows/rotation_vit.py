@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
-from flows.hooks import close_orphans, close_own_orphans, note_end
+from flows.hooks import close_orphans, close_own_orphans, note_end, tidy_up_after_others
 from flows.parameters import RunParameters, StageName, run_name
 from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
@@ -110,12 +110,14 @@ def run_stages(
         )
     if (flow_run.run_count or 0) > 1:
         close_own_orphans()
+    with suppress(Exception):  # other runs' business must not end this one
+        tidy_up_after_others()
     stages = plan(settings, until)
     again = refreshed(refresh, stages)
     preflight.check(settings, outputs, until)
     if settings.tracking.wandb == "auto" and wandb_mode(settings.tracking) == "disabled":
         logger.info("W&B is off: no key found. Set WANDB_API_KEY, or tracking.wandb=offline.")
-    record = RunRecord(settings, outputs, until=until)
+    record = RunRecord(settings, outputs, until=until, command=_command())
     try:
         for stage in stages:
             request = store.make_request(stage, settings, outputs, record.stages, record.name)
@@ -130,3 +132,10 @@ def run_stages(
         raise
     record.write(state="finished")
     return record.results()
+
+
+def _command() -> list[str] | None:
+    """Return what started a run of a deployment; None where no deployment is run."""
+    if not deployment.name:
+        return None
+    return ["prefect", "deployment", "run", f"{flow_run.flow_name}/{deployment.name}"]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # Prefect reads its settings when it is imported, and main() sets them first
     from prefect.automations import AutomationCore
@@ -73,12 +73,14 @@ def environment(home: Path, port: int) -> dict[str, str]:
 def set_up() -> None:
     """Make the work pool, the GPU slot and the automations, or bring them up to date.
 
-    On the server of the environment. Doing it again changes nothing.
+    On the server of the environment. Doing it again changes nothing, but for what runs that were
+    found dead have left.
     """
     from prefect import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
+    from flows.hooks import tidy_up_after_others
     from tasks.gpu_slot import SLOT
 
     with get_client(sync_client=True) as client:
@@ -91,9 +93,21 @@ def set_up() -> None:
         except ObjectNotFound:
             client.upsert_global_concurrency_limit_by_name(SLOT, limit=1)
         for automation in automations():
-            for old in client.read_automations_by_name(automation.name):
-                client.delete_automation(old.id)
-            client.create_automation(automation)
+            found = client.read_automations_by_name(automation.name)
+            if not found:
+                client.create_automation(automation)
+            for old in found:
+                # Left alone where it is the same: with it would go what it knows about the runs
+                # that it watches, and those that died with the server would run for ever.
+                if _what_it_does(old) != _what_it_does(automation):
+                    changed = automation.model_copy(update={"enabled": old.enabled})
+                    client.update_automation(old.id, changed)
+    tidy_up_after_others()
+
+
+def _what_it_does(automation: "AutomationCore") -> dict[str, Any]:
+    compared = {"description", "trigger", "actions"}
+    return automation.model_dump(mode="json", include=compared, exclude={"trigger": {"id"}})
 
 
 def automations() -> list["AutomationCore"]:

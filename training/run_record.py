@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -31,13 +31,28 @@ class RunRecord:
     every stage all of it is written again, each file whole.
     """
 
-    def __init__(self, settings: Settings, outputs: Path, *, until: str | None = None) -> None:
-        """Begin the record of a run, which may end with the stage `until`."""
+    def __init__(
+        self,
+        settings: Settings,
+        outputs: Path,
+        *,
+        until: str | None = None,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        """Begin the record of a run.
+
+        Args:
+            settings: Everything that the run depends on.
+            outputs: Folder of everything that is written.
+            until: Last stage to run; none for all of them.
+            command: What a user typed; by default the command line of this process.
+        """
         self.settings = settings
         self.name = run_name(settings)
         self.directory = outputs / "runs" / self.name
         self.stages: dict[str, StageResult] = {}
         self._outputs, self._until = outputs, until
+        self._command = list(command or ["rotvit", *sys.argv[1:]])
         self._started = _now()
         self._places: dict[str, str] = {}
         self._earlier = self._read_earlier()
@@ -63,7 +78,7 @@ class RunRecord:
             "run": self.name,
             "state": state,
             "seed": self.settings.seed,
-            "command": ["rotvit", *sys.argv[1:]],
+            "command": self._command,
             "until": self._until,
             "resume": resume_command(self.directory, self._outputs, self._until),
             "directories": self._places,

@@ -194,6 +194,34 @@ class Prefect:
         assert process is not None
         return process
 
+    def engines(self) -> list[psutil.Process]:
+        """The processes of flow runs that the worker has started."""
+        if self.worker is None:
+            return []
+        children = psutil.Process(self.worker.pid).children(recursive=True)
+        return [child for child in children if "flow_engine" in " ".join(_words(child))]
+
+    def run_json(self, seed: int) -> dict[str, Any]:
+        """Return the record of the run with that seed."""
+        for path in (self.outputs / "runs").glob("*/run.json"):
+            facts: dict[str, Any] = json.loads(path.read_bytes())
+            if facts["seed"] == seed:
+                return facts
+        raise AssertionError(f"no run with seed {seed}")
+
+    def result_of(self, seed: int) -> dict[str, Any]:
+        """Return the result of the pretraining with that seed."""
+        for path in self.outputs.glob("pretrain/*/result.json"):
+            if f"seed: {seed}\n" in path.with_name("config.yaml").read_text():
+                found: dict[str, Any] = json.loads(path.read_bytes())
+                return found
+        raise AssertionError(f"no pretraining with seed {seed}")
+
+    def set_up(self) -> None:
+        """Make what the flows need on the server, as `make ui` does at every start."""
+        done = self.run(sys.executable, "-c", "from flows.service import set_up; set_up()")
+        assert done.returncode == 0, done.stderr
+
     def stop(self) -> None:
         for process in (self.worker, self.server):
             if process is not None and process.poll() is None:
@@ -204,6 +232,14 @@ class Prefect:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        words: list[str] = process.cmdline()
+    except psutil.Error:  # it has ended meanwhile
+        return []
+    return words
 
 
 @pytest.fixture(scope="session")
@@ -219,8 +255,7 @@ def prefect(
     running = Prefect(home, tmp_path_factory.mktemp("outputs"), values)
     try:
         running.start_server()
-        set_up = running.run(sys.executable, "-c", "from flows.service import set_up; set_up()")
-        assert set_up.returncode == 0, set_up.stderr
+        running.set_up()
         deployed = running.prefect("deploy", "--all")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
         running.start_worker()
