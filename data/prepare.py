@@ -20,7 +20,7 @@ from data import manifest
 from data.decode import UndecodableError
 from data.decoding_pool import Decoded, decoding_pool
 from data.manifest import Manifest
-from data.records import DatasetError, Record, Source, Split
+from data.records import DatasetError, Record, Source, Split, printable
 from data.shards import (
     TEMPORARY,
     Shard,
@@ -200,7 +200,7 @@ def _write(
     def usable() -> Iterator[NDArray[np.uint8]]:
         for record, image in images:
             if isinstance(image, UndecodableError):
-                tally.skip(record.name, str(image))
+                tally.skip(printable(record.name), str(image))
             else:
                 if source.class_names is not None:
                     labels.append(_label(record, len(source.class_names)))
@@ -238,7 +238,7 @@ def _label(record: Record, num_classes: int) -> int:
     if record.label is None or not 0 <= record.label < num_classes:
         raise DatasetError(
             f"Every image of a labelled source needs a label in 0 to {num_classes - 1}, "
-            f"{record.name} has {record.label}. Remove such images, or all labels."
+            f"{printable(record.name)} has {record.label}. Remove such images, or all labels."
         )
     return record.label
 
