@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data import manifest
 from data.decode import UndecodableError
 from data.decoding_pool import Decoded, decoding_pool
+from data.duplicates import hashes_to_text, perceptual_hashes
 from data.manifest import Manifest
 from data.records import DatasetError, Record, Source, Split, printable
 from data.shards import (
@@ -195,6 +196,7 @@ def _write(
     source: Source,
 ) -> Shard:
     labels: list[int] = []
+    hashes: list[NDArray[np.uint64]] = []
     skipped_before = len(tally.skipped)
 
     def usable() -> Iterator[NDArray[np.uint8]]:
@@ -204,6 +206,7 @@ def _write(
             else:
                 if source.class_names is not None:
                     labels.append(_label(record, len(source.class_names)))
+                hashes.append(perceptual_hashes(image[None]))
                 yield image
             tally.count()
 
@@ -229,6 +232,7 @@ def _write(
         images=count,
         labels=None if source.class_names is None else labels,
         skipped=skipped,
+        hashes=hashes_to_text(hashes),
     )
     write_shard_record(directory, shard)
     return shard
