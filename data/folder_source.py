@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.records import DatasetError, Record, Source, Split
+from data.records import DatasetError, Record, Source, Split, printable
 
 EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"}
+    | {".ppm", ".tif", ".tiff", ".webp"}
 )
 """File names that end so, in any case, are taken for images; others are left alone."""
 
@@ -130,7 +131,7 @@ def _list_images(root: Path, below: str) -> list[_File]:
     """Return the images under `root/below`, sorted by name; hidden files and folders left out."""
     top = root / below
     files = []
-    for where, folders, names in os.walk(top, followlinks=True):
+    for where, folders, names in os.walk(top, onerror=_not_listed, followlinks=True):
         folder = Path(where)
         folders[:] = [n for n in folders if not n.startswith(".") and not _leads_up(folder / n)]
         parts = folder.relative_to(top).parts
@@ -139,8 +140,17 @@ def _list_images(root: Path, below: str) -> list[_File]:
             if name.startswith(".") or Path(name).suffix.lower() not in EXTENSIONS:
                 continue
             size, mtime_ns = _size_and_time(folder / name)
-            files.append(_File(prefix + name, size, mtime_ns, parts[0] if parts else None))
+            class_name = printable(parts[0]) if parts else None
+            files.append(_File(prefix + name, size, mtime_ns, class_name))
     return sorted(files, key=lambda file: file.name)
+
+
+def _not_listed(error: OSError) -> None:
+    """Stop: without this, `os.walk` would leave out all that is in such a folder."""
+    raise DatasetError(
+        f"{error.filename} must be readable, listing it failed: {error.strerror}. Change its "
+        "permissions, or move it away."
+    ) from error
 
 
 def _leads_up(folder: Path) -> bool:

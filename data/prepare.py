@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from data import manifest
 from data.decode import UndecodableError
 from data.decoding_pool import Decoded, decoding_pool
+from data.duplicates import hashes_to_text, perceptual_hashes
 from data.manifest import Manifest
-from data.records import DatasetError, Record, Source, Split
+from data.records import DatasetError, Record, Source, Split, printable
 from data.shards import (
     TEMPORARY,
     Shard,
@@ -195,15 +196,17 @@ def _write(
     source: Source,
 ) -> Shard:
     labels: list[int] = []
+    hashes: list[NDArray[np.uint64]] = []
     skipped_before = len(tally.skipped)
 
     def usable() -> Iterator[NDArray[np.uint8]]:
         for record, image in images:
             if isinstance(image, UndecodableError):
-                tally.skip(record.name, str(image))
+                tally.skip(printable(record.name), str(image))
             else:
                 if source.class_names is not None:
                     labels.append(_label(record, len(source.class_names)))
+                hashes.append(perceptual_hashes(image[None]))
                 yield image
             tally.count()
 
@@ -229,6 +232,7 @@ def _write(
         images=count,
         labels=None if source.class_names is None else labels,
         skipped=skipped,
+        hashes=hashes_to_text(hashes),
     )
     write_shard_record(directory, shard)
     return shard
@@ -238,7 +242,7 @@ def _label(record: Record, num_classes: int) -> int:
     if record.label is None or not 0 <= record.label < num_classes:
         raise DatasetError(
             f"Every image of a labelled source needs a label in 0 to {num_classes - 1}, "
-            f"{record.name} has {record.label}. Remove such images, or all labels."
+            f"{printable(record.name)} has {record.label}. Remove such images, or all labels."
         )
     return record.label
 

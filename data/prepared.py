@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import manifest
+from data.duplicates import WORDS, hashes_from_text, perceptual_hashes
 from data.manifest import ShardEntry
 from data.records import DatasetError, Split
 from data.shards import Shard, file_sha256, pixels_path, read_shard, record_path
@@ -22,9 +23,13 @@ class PreparedSplit:
     """`(len(self),)`, or None if the source has no labels."""
 
     def __init__(
-        self, shards: Sequence[NDArray[np.uint8]], labels: NDArray[np.int64] | None
+        self,
+        shards: Sequence[NDArray[np.uint8]],
+        labels: NDArray[np.int64] | None,
+        hashes: Sequence[str] = (),
     ) -> None:
         self._shards = shards
+        self._hashes = hashes or [""] * len(shards)
         self._firsts = np.cumsum([0, *(len(shard) for shard in shards)])
         self.labels = labels
 
@@ -35,6 +40,19 @@ class PreparedSplit:
     def side(self) -> int:
         """Height and width of the images, in pixels."""
         return int(self._shards[0].shape[1])
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Return the perceptual hashes of all images, `(len(self), 2)`; see `data.duplicates`."""
+        parts = [np.empty((0, WORDS), dtype=np.uint64)]
+        for text, first, last in zip(self._hashes, self._firsts, self._firsts[1:], strict=False):
+            if text or first == last:
+                parts.append(hashes_from_text(text))
+                continue
+            # Prepared by an earlier version: read the pixels, some at a time.
+            for start in range(first, last, 256):
+                images = self.gather(np.arange(start, min(start + 256, last)))
+                parts.append(perceptual_hashes(images))
+        return np.concatenate(parts)
 
     def gather(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the images with these numbers, `(N, S, S, 3)`, in the order asked for.
@@ -139,7 +157,7 @@ def _what_is_wrong(directory: Path, entry: ShardEntry, *, full: bool) -> str | N
 
 
 def _open_split(directory: Path, entries: Sequence[ShardEntry]) -> PreparedSplit:
-    pixels, labels = [], []
+    pixels, labels, hashes = [], [], []
     for entry in entries:
         shard = read_shard(directory, entry.name)
         path = pixels_path(directory, entry.name)
@@ -150,11 +168,11 @@ def _open_split(directory: Path, entries: Sequence[ShardEntry]) -> PreparedSplit
         if shard is None or len(pixels[-1]) != entry.images:
             raise _damaged(path, "it does not fit its description")
         labels.append(shard.labels)
+        hashes.append(shard.hashes)
     if any(group is None for group in labels):
-        return PreparedSplit(pixels, None)
-    return PreparedSplit(
-        pixels, np.concatenate([np.asarray(group, dtype=np.int64) for group in labels])
-    )
+        return PreparedSplit(pixels, None, hashes)
+    known = np.concatenate([np.asarray(group, dtype=np.int64) for group in labels])
+    return PreparedSplit(pixels, known, hashes)
 
 
 def _damaged(path: Path, cause: object) -> DatasetError:

@@ -16,6 +16,19 @@ class DatasetError(ValueError):
     """Images that cannot be found, read, prepared or divided as asked."""
 
 
+def printable(name: str) -> str:
+    r"""Return the name of a file as one line of text that can be written anywhere.
+
+    File names may hold line feeds, escape sequences and bytes that are no text. These, and the
+    backslash, are written as in Python (`\n`, `\x1b`, `\xe9`): different names stay different.
+    """
+    raw = name.replace("\\", "\\\\").encode("utf-8", "surrogateescape")
+    text = raw.decode("utf-8", "backslashreplace")
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One image as its source delivers it, not decoded yet unless it was drawn."""

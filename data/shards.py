@@ -49,6 +49,9 @@ class Shard:
     """One per image, or None if the source has no labels."""
     skipped: list[Skipped]
     """Source images left out of it."""
+    hashes: str = ""
+    """Perceptual hashes of the images, see `data.duplicates`; empty in shards of earlier versions,
+    whose hashes are computed from the pixels when they are asked for."""
 
 
 def pixels_path(directory: Path, name: str) -> Path:
@@ -95,7 +98,13 @@ def write_pixels(path: Path, images: Iterable[NDArray[np.uint8]], side: int, mos
 
 
 def describe(
-    path: Path, *, made_from: str, images: int, labels: list[int] | None, skipped: list[Skipped]
+    path: Path,
+    *,
+    made_from: str,
+    images: int,
+    labels: list[int] | None,
+    skipped: list[Skipped],
+    hashes: str = "",
 ) -> Shard:
     """Return the description of the pixels just written at `path`, read back for the digest."""
     status = path.stat()
@@ -108,6 +117,7 @@ def describe(
         mtime_ns=status.st_mtime_ns,
         labels=labels,
         skipped=skipped,
+        hashes=hashes,
     )
 
 

@@ -1,8 +1,11 @@
 """The images of a stage: the splits of prepared data that the settings ask for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from data.duplicates import has_copy
 from data.prepared import PreparedData
 from data.records import DatasetError
 from data.splits import Splits, Subset, split, take_labelled
@@ -34,6 +37,39 @@ def open_splits(prepared: Path, settings: Settings) -> Splits:
         test_fraction=settings.data.test_fraction,
         seed=settings.data.split_seed,
     )
+
+
+def open_pretraining(
+    prepared: Path, settings: Settings, transfer: Path | None = None
+) -> tuple[Splits, int]:
+    """Open prepared images to pretrain on, without copies of test images if so set.
+
+    Args:
+        prepared: The images to pretrain on.
+        settings: Of the run; `data.leave_out_test_copies` asks for it.
+        transfer: The labelled images, where they are others.
+
+    Returns:
+        The splits, and how many images were left out of train.
+
+    Raises:
+        DatasetError: If nothing is left.
+    """
+    splits = open_splits(prepared, settings)
+    if not settings.data.leave_out_test_copies:
+        return splits, 0
+    tests = [splits.test] + ([open_splits(transfer, settings).test] if transfer else [])
+    known = np.concatenate([test.split.hashes()[test.indices] for test in tests])
+    train = splits.train
+    copied = has_copy(train.split.hashes()[train.indices], known)
+    if copied.all():
+        raise DatasetError(
+            f"Some training images must be no copies of test images, all {len(train)} are. Train "
+            "and test seem to be the same source: change one, or set "
+            "data.leave_out_test_copies=false."
+        )
+    kept = Subset(train.split, train.indices[~copied])
+    return replace(splits, train=kept), int(copied.sum())
 
 
 def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:

@@ -1,11 +1,18 @@
 """Preparation: decode every image once into square uint8 arrays that training maps into memory."""
 
+import logging
+from pathlib import Path
+
+from data.duplicates import has_copy
 from data.prepare import prepare
+from data.prepared import PreparedData
 from data.sources import open_source
 from training import runner
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.store import data_source
+
+_log = logging.getLogger(__name__)
 
 
 def compute(context: StageContext) -> StageOutcome:
@@ -29,6 +36,14 @@ def compute(context: StageContext) -> StageOutcome:
         workers=settings.hardware.threads or available_processors(),
         max_skipped=settings.data.max_skipped,
     )
+    copies = count_copies(context.directory)
+    if copies:
+        _log.warning(
+            "%d of the %d test images of %s have a copy, or nearly one, among the training images.",
+            copies,
+            manifest.counts["test"],
+            source,
+        )
     return StageOutcome(
         scores={
             "source": source,
@@ -40,11 +55,24 @@ def compute(context: StageContext) -> StageOutcome:
                 [item.name, item.reason]
                 for item in manifest.skipped[:10]  # all of them are in the manifest
             ],
+            "test_copies_in_train": copies,
             "fingerprint": manifest.fingerprint,
         },
         made=["manifest.json"],
         digest=manifest.fingerprint,
     )
+
+
+def count_copies(directory: Path) -> int | None:
+    """Count the test images of prepared data that are (nearly) in its train split as well.
+
+    Returns:
+        None where the data bring no test split: then it is taken out of train later.
+    """
+    prepared = PreparedData.open(directory)
+    if prepared.test is None:
+        return None
+    return int(has_copy(prepared.test.hashes(), prepared.train.hashes()).sum())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from models.export import save_model
 from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
-from training.images import open_splits
+from training.images import open_pretraining
 from training.network import build_model
 from training.runner import StageContext, StageOutcome
 
@@ -30,7 +30,10 @@ def compute(context: StageContext) -> StageOutcome:
     hardware = context.hardware()
     device = hardware.torch_device
     side = settings.model.image_size
-    splits = open_splits(context.input("data"), settings)
+    other = "transfer_data" in context.request.inputs
+    splits, left_out = open_pretraining(
+        context.input("data"), settings, context.input("transfer_data") if other else None
+    )
     model = to_device(build_model(context, ROTATION_NAMES), device)
     batches = Batches(
         splits.train,
@@ -95,6 +98,7 @@ def compute(context: StageContext) -> StageOutcome:
             "steps": state.step,
             "skipped_steps": state.skipped_steps,
             "images": len(splits.train),
+            **({"left_out": left_out} if settings.data.leave_out_test_copies else {}),
         },
         timing={"samples_per_second": state.step * recipe.samples_per_step / state.train_seconds},
         made=["model"],

@@ -223,6 +223,7 @@ def _prepared(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
             "counts": scores.get("counts", {}),
             "classes": scores.get("classes", []),
             "fingerprint": scores.get("fingerprint", result.digest),
+            "copies": scores.get("test_copies_in_train"),
             "skipped": scores.get("skipped", 0),
             "skipped_examples": scores.get("skipped_examples", []),
         }

@@ -95,6 +95,9 @@ class DataSettings(Section):
     """Seed of the splits and of the labelled subset; the run's `seed` leaves them alone."""
     max_skipped: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of unreadable images above which preparation stops with an error."""
+    leave_out_test_copies: bool = False
+    """Pretrain without the images that are, or nearly are, test images of pretraining or
+    transfer. Off by default, as in the work that figures are compared with."""
 
 
 class RecipeSettings(Section):

@@ -24,6 +24,8 @@ class Stage:
         name: Stem of its module and files.
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
+        reads_where_set: Names of settings that came later and are read only where they are on, so
+            that results from before they came stay valid.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
@@ -37,6 +39,7 @@ class Stage:
     summary: str
     reads: tuple[str, ...]
     needs: Callable[["Settings"], Mapping[str, str]]
+    reads_where_set: tuple[str, ...] = ()
     version: int = 1
     in_child: bool = False
     trains: bool = False
@@ -47,6 +50,13 @@ class Stage:
 def transfer_data(settings: "Settings") -> str:
     """Name of the stage that prepares the labelled images."""
     return "prepare_data" if settings.transfer_is_pretrain_data else "prepare_transfer_data"
+
+
+def _needs_pretrain(settings: "Settings") -> dict[str, str]:
+    needs = {"data": "prepare_data"}
+    if settings.data.leave_out_test_copies and not settings.transfer_is_pretrain_data:
+        needs["transfer_data"] = "prepare_transfer_data"
+    return needs
 
 
 def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
@@ -85,7 +95,8 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        needs=lambda settings: {"data": "prepare_data"},
+        reads_where_set=("data.leave_out_test_copies",),
+        needs=_needs_pretrain,
         version=2,
         in_child=True,
         trains=True,

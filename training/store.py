@@ -385,6 +385,7 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
         name: value
         for name, value in values.items()
         if any(name == read or name.startswith(f"{read}.") for read in stage.reads)
+        or (value and name in stage.reads_where_set)
     }
 
 
