@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ of 1e-12 is too small to matter in float32."""
 
 INITIAL_STD = 0.02
 """Standard deviation of the initial weights, as in transformers and timm."""
+
+Weights = Literal["normal", "xavier"]
 
 WAVELENGTH = 10_000.0
 """Longest wave of the first position embeddings, over 2 pi, in patches (Vaswani et al. 2017)."""
@@ -41,11 +44,12 @@ def build_vit(
     num_labels: int,
     label_names: Sequence[str],
     seed: int,
+    weights: Weights = "normal",
 ) -> ViTForImageClassification:
     """Return a new Vision Transformer on the CPU, in train mode, with a head that guesses.
 
-    Weights are drawn as in transformers, but the position embeddings begin as two-dimensional sines
-    and cosines, as in MAE (He et al. 2022), and are then trained. A normal distribution of 0.02
+    The position embeddings begin as two-dimensional sines and cosines, as in MAE (He et al. 2022),
+    and are then trained. A normal distribution of 0.02
     tells the places apart too faintly, and which way is up is about places: pretraining took twice
     the epochs (EXPERIMENTS.md). Weights come from a generator of their own in the order of the
     layers, so they depend on `seed` and the sizes alone: not on the global random state, which is
@@ -64,6 +68,8 @@ def build_vit(
         num_labels: Classes C of the head, at least 2.
         label_names: Names of the classes, in the order of the labels.
         seed: Of the weights.
+        weights: How those of patch embedding and blocks are drawn: from a normal distribution of
+            `INITIAL_STD` as in transformers and timm, or Xavier uniform as in MAE and Big Vision.
 
     Raises:
         ModelError: If the sizes do not divide, or names and labels differ in number.
@@ -122,7 +128,7 @@ def build_vit(
     )
     _name_labels(config, label_names)
     model = allocate(config)
-    _initialise(model, seed)
+    _initialise(model, seed, weights)
     return model
 
 
@@ -252,7 +258,7 @@ def _name_labels(config: ViTConfig, label_names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def _initialise(model: ViTForImageClassification, seed: int) -> None:
+def _initialise(model: ViTForImageClassification, seed: int, weights: Weights) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -261,6 +267,11 @@ def _initialise(model: ViTForImageClassification, seed: int) -> None:
             parameter.fill_(1.0)
         elif name.endswith("position_embeddings"):
             parameter.copy_(_waves(tokens=parameter.shape[1], width=parameter.shape[2]))
+        elif weights == "xavier" and not name.endswith("cls_token") and "classifier" not in name:
+            # A patch embedding is a product with the flattened patch.
+            fan_out, fan_in = parameter.flatten(1).shape
+            limit = math.sqrt(6 / (fan_in + fan_out))
+            parameter.uniform_(-limit, limit, generator=generator)
         else:
             # The head comes last, so the backbone does not depend on its size.
             parameter.normal_(std=INITIAL_STD, generator=generator)

@@ -1,7 +1,7 @@
 """The baseline: the same network on the same labels, without pretraining.
 
-It has a recipe of its own, because a learning rate that suits a pretrained network can make a
-fresh one look far worse than it is.
+It has a recipe of its own, because a learning rate, or first weights, that suit pretraining can
+make a network without it look far worse than it is.
 """
 
 from training import runner
@@ -14,7 +14,8 @@ from training.supervised import train_classifier
 def compute(context: StageContext) -> StageOutcome:
     """Train all of a fresh network on the labelled images."""
     images = open_labelled(context.input("data"), context.settings)
-    model = build_model(context, images.class_names)
+    weights = context.settings.from_scratch.weights
+    model = build_model(context, images.class_names, weights)
     return train_classifier(context, model, images, section="from_scratch")
 
 

@@ -207,6 +207,9 @@ class FromScratchSettings(RecipeSettings):
     warmup_epochs: NonNegativeFloat = 3
     patience: PositiveInt | None = None
     """Epochs without a better val score after which training stops; none trains them all."""
+    weights: Literal["normal", "xavier"] = "xavier"
+    """How the first ones are drawn. A baseline of few labels gets far further with Xavier's; for
+    pretraining the normal distribution of transformers gives the better features."""
 
 
 class FeatureAnalysisSettings(Section):

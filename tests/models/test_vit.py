@@ -124,6 +124,23 @@ def test_other_weights_are_distributed_as_transformers_draws_them(make_vit: Make
             assert torch.equal(weight, reference), name
 
 
+def test_xavier_weights_are_those_of_torch(make_vit: MakeVit) -> None:
+    ours = make_vit(embed_dim=70, image_size=35, weights="xavier")
+    checked = 0
+    for name, weight in ours.vit.named_parameters():
+        if weight.ndim < 2 or name.endswith(("cls_token", "position_embeddings")):
+            continue
+        reference = nn.init.xavier_uniform_(torch.empty_like(weight.flatten(1)))
+        # Five standard errors of the difference of two standard deviations.
+        bound = 5 * reference.std().item() * math.sqrt(2 * 0.2 / weight.numel())
+        assert weight.std().item() == pytest.approx(reference.std().item(), abs=bound), name
+        assert weight.abs().max().item() == pytest.approx(reference.abs().max().item(), rel=0.01)
+        checked += 1
+    assert checked == 1 + 6 * len(ours.vit.layers)
+    head = dict(ours.named_parameters())["classifier.weight"]
+    assert head.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_position_embeddings_begin_as_waves_along_columns_and_rows(make_vit: MakeVit) -> None:
     model = make_vit(image_size=15, patch_size=5, embed_dim=18, num_heads=2)
     places = model.vit.embeddings.position_embeddings
