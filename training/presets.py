@@ -34,10 +34,10 @@ PRESETS: dict[str, Preset] = {
                 "depth": 4,
                 "num_heads": 4,
             },
-            "pretrain": {"epochs": 12, "batch_size": 32, "base_lr": 2e-3, "warmup_epochs": 1},
+            "pretrain": {"epochs": 7, "batch_size": 32, "base_lr": 2e-3, "warmup_epochs": 1},
             "transfer": {"source": None, "labels": 500},
-            "finetune": {"epochs": 30, "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 2},
-            "from_scratch": {"epochs": 30, "batch_size": 32, "base_lr": 4e-3, "warmup_epochs": 2},
+            "finetune": {"epochs": 20, "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 2},
+            "from_scratch": {"epochs": 20, "batch_size": 32, "base_lr": 1.6e-2, "warmup_epochs": 2},
         },
     ),
     # Command: rotvit run --preset imagenette.
