@@ -18,8 +18,9 @@ from PIL import Image
 
 from data import prepare as module
 from data.decode import decode_square
+from data.disk_space import estimate_bytes
 from data.manifest import Manifest
-from data.prepare import estimate_bytes, prepare
+from data.prepare import prepare
 from data.prepared import PreparedData, verify
 from data.records import DatasetError, Record, Source, Split
 
