@@ -133,7 +133,7 @@ def verify(directory: Path, full: bool) -> str | None:
             reason = _what_is_wrong(directory, entry, found.pixel_format, full=full)
             if reason is not None:
                 return reason
-            shard = read_shard(directory, entry.name)
+            shard = read_shard(directory, entry.name, entry.record_sha256)
             if shard is None:
                 return f"{entry.name}.json cannot be read"
             fingerprint.add(shard)
@@ -166,7 +166,7 @@ def _open_split(directory: Path, found: Manifest, entries: Sequence[ShardEntry])
     pixels: list[ShardPixels] = []
     labels = []
     for entry in entries:
-        shard = read_shard(directory, entry.name)
+        shard = read_shard(directory, entry.name, entry.record_sha256)
         path = pixels_path(directory, entry.name, found.pixel_format)
         try:
             if found.pixel_format == "jpeg":

@@ -141,11 +141,22 @@ def write_shard_record(directory: Path, shard: Shard) -> None:
     write_json(record_path(directory, shard.name), {**content, "digest": digest_of(content)})
 
 
-def read_shard(directory: Path, name: str) -> Shard | None:
-    """Return the description of a finished shard, or None if there is none or it is damaged."""
+def read_shard(directory: Path, name: str, sha256: str | None = None) -> Shard | None:
+    """Return the description of a finished shard, or None if there is none or it is damaged.
+
+    Args:
+        directory: Where it lies.
+        name: Of the shard.
+        sha256: What the manifest says of the file, if there is one; it spares working out the
+            digest within.
+    """
     try:
-        content = json.loads(record_path(directory, name).read_bytes())
-        if content.pop("digest") != digest_of(content):
+        written = record_path(directory, name).read_bytes()
+        if sha256 is not None and hashlib.sha256(written).hexdigest() != sha256:
+            return None
+        content = json.loads(written)
+        digest = content.pop("digest")
+        if sha256 is None and digest != digest_of(content):
             return None
         skipped = [Skipped(**entry) for entry in content["skipped"]]
         return Shard(**{**content, "skipped": skipped})
