@@ -1,4 +1,4 @@
-"""JPEG for prepared images: lossy, a quarter of the size, and without a mark of orientation.
+"""JPEG for prepared images: lossy, a fifth of the size, and without a mark of orientation.
 
 Ordinary JPEG tells a network which way up an image was when it was stored. Its noise has a
 direction, because the standard luminance table treats rows and columns differently, and so has its
