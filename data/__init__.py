@@ -1,8 +1,9 @@
 """Images, from where they lie to batches on the device, and the rotation pretext task.
 
 In the order in which an image passes through: `sources` (with `drawn`, `folder_source` and
-`parquet_source`) finds it, `prepare` decodes it once (`decode`, `decoding_pool`, `transforms`,
-`shards`, `manifest`), `prepared` maps it into memory, `splits` says what it is for, `loaders` puts
-it into a batch, `rotation` turns it. `randomness` decides by chance, without state; `canary` proves
-that nothing on the way tells which way up an image was.
+`parquet_source`) finds it, `prepare` decodes it once (`decode`, `decoding_pool`, `transforms`;
+`shards`, or `jpeg` and `jpeg_shards`; `manifest`; `disk_space` asks first), `prepared` maps it into
+memory, `splits` says what it is for, `loaders` puts it into a batch, `rotation` turns it.
+`randomness` decides by chance, without state; `canary` proves that nothing on the way tells which
+way up an image was.
 """

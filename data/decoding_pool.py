@@ -2,9 +2,10 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from data.records import Record
 
 Decoded = tuple[Record, NDArray[np.uint8] | UndecodableError]
 """A record, and its pixels `(side, side, 3)` or why there are none."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class DecodingPool:
@@ -30,13 +34,29 @@ class DecodingPool:
             records: What to decode; read in the calling thread.
             side: Height and width of the result, in pixels.
         """
-        waiting: deque[tuple[Record, Future[NDArray[np.uint8]]]] = deque()
-        for record in records:
-            waiting.append((record, self._executor.submit(decode_square, record.image, side)))
+
+        def decode(record: Record) -> Decoded:
+            try:
+                return record, decode_square(record.image, side)
+            except UndecodableError as error:
+                return record, error
+
+        return self.in_order(decode, records)
+
+    def in_order(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yield `work(item)` of all items, in their order, with few of them waiting in memory.
+
+        Args:
+            work: Called in the threads; what it raises is raised here.
+            items: What to work on; read in the calling thread.
+        """
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(self._executor.submit(work, item))
             if len(waiting) > self._ahead:
-                yield _result(*waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(*waiting.popleft())
+            yield waiting.popleft().result()
 
 
 @contextmanager
@@ -79,10 +99,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _result(record: Record, future: "Future[NDArray[np.uint8]]") -> Decoded:
-    try:
-        return record, future.result()
-    except UndecodableError as error:
-        return record, error

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.randomness import uniform
+from data.randomness import order_by, uniform
 from data.records import DatasetError
 from data.splits import Subset
 from data.transforms import crop, flip, normalise
@@ -50,7 +50,7 @@ class Batch:
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of one epoch, a permutation of `0` to `num_samples - 1`."""
     numbers = np.arange(num_samples, dtype=np.int64)
-    return np.argsort(uniform(seed, epoch, numbers, "order"), kind="stable")
+    return order_by(uniform(seed, epoch, numbers, "order"))
 
 
 class Batches:

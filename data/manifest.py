@@ -9,7 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from data.records import DatasetError, Split
-from data.shards import Shard, Skipped, digest_of, file_sha256, record_path, write_json
+from data.shards import (
+    SUFFIXES,
+    PixelFormat,
+    Shard,
+    Skipped,
+    digest_of,
+    file_sha256,
+    read_shard,
+    record_path,
+    write_json,
+)
 
 FILE_NAME = "manifest.json"
 """Written last: a directory without it is not finished."""
@@ -27,11 +37,11 @@ class ShardEntry:
     images: int
     """Images in it."""
     sha256: str
-    """Of its `.npy` file."""
+    """Of the file that holds its pixels."""
     size: int
-    """Of its `.npy` file, in bytes."""
+    """Of that file, in bytes."""
     mtime_ns: int
-    """Of its `.npy` file, in nanoseconds since 1970."""
+    """Of that file, in nanoseconds since 1970."""
     record_sha256: str
     """Of its `.json` file, which holds the labels."""
 
@@ -56,39 +66,87 @@ class Manifest:
     """SHA-256 over pixels, labels, class names and side: equal for equal training data."""
     made_from: str
     """Digest of the source's identity and the settings of the preparation."""
+    pixel_format: PixelFormat = "raw"
+    """How the pixels of all shards are stored."""
+
+
+class Fingerprint:
+    """SHA-256 over pixels, labels, class names and side, of one shard after the other.
+
+    Splits come in the order of their names. Only one shard's labels need to be in memory.
+    """
+
+    def __init__(
+        self, side: int, class_names: Sequence[str] | None, pixel_format: PixelFormat
+    ) -> None:
+        names = None if class_names is None else list(class_names)
+        # Raw is left out: it was the only format once, and those fingerprints stay valid.
+        stored = [] if pixel_format == "raw" else [pixel_format]
+        self._digest = hashlib.sha256(digest_of([side, names, *stored]).encode())
+
+    def begin(self, split: Split, shards: int) -> None:
+        """Go on with a split of so many shards."""
+        self._digest.update(digest_of([split, shards]).encode())
+
+    def add(self, shard: Shard) -> None:
+        """Take in the next shard of the split."""
+        self._digest.update(shard.sha256.encode())
+        self._digest.update(np.asarray(shard.labels or [], dtype="<i8").tobytes())
+
+    def hexdigest(self) -> str:
+        """Return what has been taken in so far, as hex digits."""
+        return self._digest.hexdigest()
 
 
 def build(
     directory: Path,
-    shards: Mapping[Split, Sequence[Shard]],
+    names: Mapping[Split, Sequence[str]],
     *,
     side: int,
     class_names: Sequence[str] | None,
     made_from: str,
+    pixel_format: PixelFormat,
 ) -> Manifest:
-    """Return the manifest of finished shards."""
-    return Manifest(
-        format=FORMAT,
-        side=side,
-        counts={split: sum(shard.images for shard in group) for split, group in shards.items()},
-        class_names=None if class_names is None else list(class_names),
-        skipped=[each for group in shards.values() for shard in group for each in shard.skipped],
-        shards={
-            split: [
+    """Return the manifest of finished shards, by their names; their records are read again.
+
+    Raises:
+        DatasetError: If one of them is not finished.
+    """
+    entries: dict[Split, list[ShardEntry]] = {split: [] for split in names}
+    skipped: dict[Split, list[Skipped]] = {split: [] for split in names}
+    fingerprint = Fingerprint(side, class_names, pixel_format)
+    for split, group in sorted(names.items()):
+        fingerprint.begin(split, len(group))
+        for name in group:
+            path = record_path(directory, name)
+            shard = read_shard(directory, name)
+            if shard is None:
+                raise DatasetError(
+                    f"{path} must stay as it was written until the preparation ends, it was "
+                    "changed or removed. Run the same command again."
+                )
+            fingerprint.add(shard)
+            skipped[split] += shard.skipped
+            entries[split].append(
                 ShardEntry(
                     shard.name,
                     shard.images,
                     shard.sha256,
                     shard.size,
                     shard.mtime_ns,
-                    file_sha256(record_path(directory, shard.name)),
+                    file_sha256(path),
                 )
-                for shard in group
-            ]
-            for split, group in shards.items()
-        },
-        fingerprint=fingerprint(shards, side, class_names),
+            )
+    return Manifest(
+        format=FORMAT,
+        side=side,
+        counts={split: sum(entry.images for entry in group) for split, group in entries.items()},
+        class_names=None if class_names is None else list(class_names),
+        skipped=[each for group in skipped.values() for each in group],
+        shards=entries,
+        fingerprint=fingerprint.hexdigest(),
         made_from=made_from,
+        pixel_format=pixel_format,
     )
 
 
@@ -109,6 +167,8 @@ def read(directory: Path) -> Manifest:
         entries = {s: [ShardEntry(**e) for e in group] for s, group in content["shards"].items()}
         skipped = [Skipped(**each) for each in content["skipped"]]
         manifest = Manifest(**{**content, "shards": entries, "skipped": skipped})
+        if manifest.pixel_format not in SUFFIXES:
+            raise ValueError(f"images stored as {manifest.pixel_format}")
     except FileNotFoundError as error:
         raise DatasetError(
             f"{directory} must hold prepared images, has no {FILE_NAME}. Run the prepare-data "
@@ -125,17 +185,3 @@ def read(directory: Path) -> Manifest:
             "the prepare-data stage."
         )
     return manifest
-
-
-def fingerprint(
-    shards: Mapping[Split, Sequence[Shard]], side: int, class_names: Sequence[str] | None
-) -> str:
-    """Return the SHA-256 over pixels, labels, class names and side, as hex digits."""
-    names = None if class_names is None else list(class_names)
-    digest = hashlib.sha256(digest_of([side, names]).encode())
-    for split, group in sorted(shards.items()):
-        digest.update(digest_of([split, len(group)]).encode())
-        for shard in group:
-            digest.update(shard.sha256.encode())
-            digest.update(np.asarray(shard.labels or [], dtype="<i8").tobytes())
-    return digest.hexdigest()

@@ -1,29 +1,33 @@
 """Decode a source once into arrays that training can map into memory.
 
-What is written, per split: shards `train-00000.npy`, `(n, side, side, 3)` uint8, each with a
-`train-00000.json` beside it that is written after it and makes it count. Last of all comes
-`manifest.json`. A preparation that was cut off goes on after its last whole shard.
+What is written, per split: shards `train-00000.npy`, `(n, side, side, 3)` uint8 (or
+`train-00000.jpegs`, see `data.jpeg_shards`), each with a `train-00000.json` beside it that is
+written after it and makes it count. Last of all comes `manifest.json`. A preparation that was cut
+off goes on after its last whole shard.
 """
 
 import errno
 import logging
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data import manifest
+from data import jpeg, manifest
 from data.decode import UndecodableError
-from data.decoding_pool import Decoded, decoding_pool
+from data.decoding_pool import DecodingPool, decoding_pool
+from data.disk_space import MARGIN, check_disk, image_bytes
 from data.duplicates import hashes_to_text, perceptual_hashes
+from data.jpeg_shards import write_jpegs
 from data.manifest import Manifest
 from data.records import DatasetError, Record, Source, Split, printable
 from data.shards import (
+    SUFFIXES,
     TEMPORARY,
+    PixelFormat,
     Shard,
     Skipped,
     describe,
@@ -38,13 +42,7 @@ from data.shards import (
 SHARD_IMAGES = 4096
 """Source images per shard: 315 MB at 160 px, few enough to lose little when cut off."""
 
-_GIB = 2**30
 _log = logging.getLogger(__name__)
-
-
-def estimate_bytes(source: Source, side: int) -> int:
-    """Return how much disk space the prepared images of `source` take, in bytes."""
-    return sum(source.counts.values()) * _image_bytes(side)
 
 
 def prepare(
@@ -55,6 +53,7 @@ def prepare(
     report: Callable[[int, int], None],
     workers: int,
     max_skipped: float = 0.01,
+    pixel_format: PixelFormat = "raw",
 ) -> Manifest:
     """Decode, crop and shrink every image of `source` into `directory`.
 
@@ -71,19 +70,26 @@ def prepare(
         workers: Threads that decode.
         max_skipped: Largest fraction of images, in [0, 1], that may be set aside because they
             cannot be decoded. Each is recorded with its reason.
+        pixel_format: How the pixels are stored; `jpeg` needs an even `side`.
 
     Returns:
         The manifest, as written.
 
     Raises:
         DatasetError: If the disk is too small, too many images cannot be decoded, the source
-            changes meanwhile, or an image lacks its label.
+            changes meanwhile, an image lacks its label, images of this side cannot be stored as
+            asked, or `directory` holds images stored otherwise.
     """
+    if pixel_format == "jpeg":
+        jpeg.check_side(side)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"*{TEMPORARY}"):
         leftover.unlink()
+    _refuse_other_formats(directory, pixel_format)
     settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
-    made_from = digest_of([source.identity(), settings])
+    # Raw is left out: it was the only format once, and shards of that time stay valid.
+    stored = [] if pixel_format == "raw" else [pixel_format]
+    made_from = digest_of([source.identity(), settings, *stored])
     plan = [
         _Part(split, first, min(SHARD_IMAGES, count - first))
         for split, count in source.counts.items()
@@ -91,26 +97,39 @@ def prepare(
     ]
     # Whoever prepares a finished directory again has found something wrong with it.
     suspect = (directory / manifest.FILE_NAME).exists()
-    finished = {part: _kept(directory, part, made_from, suspect=suspect) for part in plan}
-    missing = [part for part in plan if finished[part] is None]
-    _check_disk(directory, sum(part.count for part in missing) * _image_bytes(side))
-
+    target = _Target(directory, side, pixel_format, made_from)
+    # Not the shards themselves: their labels would fill memory.
+    kept: set[_Part] = set()
+    kept_bytes, skipped = 0, []
+    for part in plan:
+        shard = _kept(target, part, suspect=suspect)
+        if shard is not None:
+            kept.add(part)
+            kept_bytes += shard.size
+            skipped += shard.skipped
     total = sum(source.counts.values())
-    tally = _Tally(total, total - sum(part.count for part in missing), report, max_skipped)
-    for shard in finished.values():
-        tally.skipped += shard.skipped if shard else []
+    done = sum(part.count for part in kept)
+    if done < total:
+        if pixel_format == "jpeg" and kept:  # a better sample than any
+            each = MARGIN * kept_bytes / done
+        else:
+            each = image_bytes(source, side, pixel_format)
+        check_disk(directory, total - done, (total - done) * each, pixel_format)
+
+    tally = _Tally(total, done, report, max_skipped, skipped)
     tally.check()
-    shards: dict[Split, list[Shard]] = {split: [] for split in source.counts}
     with decoding_pool(workers) as pool:
         reader = _Reader(source)
         for part in plan:
-            shard = finished[part]
-            if shard is None:
-                images = pool.decode(reader.read(part), side)
-                shard = _write(directory, part, images, side, made_from, tally, source)
-            shards[part.split].append(shard)
+            if part not in kept:
+                _write(target, part, reader.read(part), tally, source, pool)
     result = manifest.build(
-        directory, shards, side=side, class_names=source.class_names, made_from=made_from
+        directory,
+        {split: [part.name for part in plan if part.split == split] for split in source.counts},
+        side=side,
+        class_names=source.class_names,
+        made_from=made_from,
+        pixel_format=pixel_format,
     )
     manifest.write(directory, result)
     if result.skipped:
@@ -137,6 +156,19 @@ class _Part:
         return f"{self.split}-{self.first // SHARD_IMAGES:05d}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the images go, and as what."""
+
+    directory: Path
+    side: int
+    pixel_format: PixelFormat
+    made_from: str
+
+    def path(self, part: _Part) -> Path:
+        return pixels_path(self.directory, part.name, self.pixel_format)
+
+
 @dataclass(slots=True)
 class _Tally:
     """Counts what was done, reports it and stops when too much went wrong."""
@@ -145,7 +177,7 @@ class _Tally:
     done: int
     report: Callable[[int, int], None]
     max_skipped: float
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[Skipped]
 
     def count(self) -> None:
         self.done += 1
@@ -187,20 +219,19 @@ class _Reader:
 
 
 def _write(
-    directory: Path,
+    target: _Target,
     part: _Part,
-    images: Iterator[Decoded],
-    side: int,
-    made_from: str,
+    records: Iterator[Record],
     tally: _Tally,
     source: Source,
-) -> Shard:
+    pool: DecodingPool,
+) -> None:
     labels: list[int] = []
     hashes: list[NDArray[np.uint64]] = []
     skipped_before = len(tally.skipped)
 
     def usable() -> Iterator[NDArray[np.uint8]]:
-        for record, image in images:
+        for record, image in pool.decode(records, target.side):
             if isinstance(image, UndecodableError):
                 tally.skip(printable(record.name), str(image))
             else:
@@ -210,15 +241,18 @@ def _write(
                 yield image
             tally.count()
 
-    path = pixels_path(directory, part.name)
+    path = target.path(part)
     try:
-        count = write_pixels(path, usable(), side, most=part.count)
+        if target.pixel_format == "jpeg":
+            count = write_jpegs(path, pool.in_order(jpeg.encode, usable()))
+        else:
+            count = write_pixels(path, usable(), target.side, most=part.count)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DatasetError(
-            f"The disk of {directory} is full. Free some space and run the same command again; "
-            "finished parts are kept."
+            f"The disk of {target.directory} is full. Free some space and run the same command "
+            "again; finished parts are kept."
         ) from error
     skipped = tally.skipped[skipped_before:]
     if count + len(skipped) != part.count:
@@ -228,14 +262,14 @@ def _write(
         )
     shard = describe(
         path,
-        made_from=made_from,
+        made_from=target.made_from,
         images=count,
         labels=None if source.class_names is None else labels,
         skipped=skipped,
         hashes=hashes_to_text(hashes),
+        pixel_format=target.pixel_format,
     )
-    write_shard_record(directory, shard)
-    return shard
+    write_shard_record(target.directory, shard)
 
 
 def _label(record: Record, num_classes: int) -> int:
@@ -247,11 +281,10 @@ def _label(record: Record, num_classes: int) -> int:
     return record.label
 
 
-def _kept(directory: Path, part: _Part, made_from: str, *, suspect: bool) -> Shard | None:
+def _kept(target: _Target, part: _Part, *, suspect: bool) -> Shard | None:
     """Return the shard of an earlier attempt, if it is whole and made from the same."""
-    shard = read_shard(directory, part.name)
-    path = pixels_path(directory, part.name)
-    if shard is None or shard.made_from != made_from or not path.is_file():
+    shard, path = read_shard(target.directory, part.name), target.path(part)
+    if shard is None or shard.made_from != target.made_from or not path.is_file():
         return None
     status = path.stat()
     if status.st_size != shard.size:
@@ -261,19 +294,16 @@ def _kept(directory: Path, part: _Part, made_from: str, *, suspect: bool) -> Sha
         return None
     if touched:
         shard = replace(shard, mtime_ns=status.st_mtime_ns)
-        write_shard_record(directory, shard)
+        write_shard_record(target.directory, shard)
     return shard
 
 
-def _image_bytes(side: int) -> int:
-    return 3 * side * side + 8  # pixels, and the label in JSON
-
-
-def _check_disk(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise DatasetError(
-            f"Preparing the images needs {needed / _GIB:.1f} GiB, the disk of {directory} has "
-            f"{free / _GIB:.1f} GiB free. Free some space, choose another --outputs directory, or "
-            "prepare smaller images."
-        )
+def _refuse_other_formats(directory: Path, pixel_format: PixelFormat) -> None:
+    for other, suffix in SUFFIXES.items():
+        found = sorted(directory.glob(f"*{suffix}")) if other != pixel_format else []
+        if found:
+            raise DatasetError(
+                f"{directory} must hold images in one format, {pixel_format} was asked for and "
+                f"there are {len(found)} {other} files such as {found[0].name}. Delete them, or "
+                "choose another directory."
+            )

@@ -3,7 +3,9 @@
 Dimension key: N = images asked for, S = their side in pixels.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,16 @@ from numpy.typing import NDArray
 
 from data import manifest
 from data.duplicates import WORDS, hashes_from_text, perceptual_hashes
-from data.manifest import ShardEntry
-from data.records import DatasetError, Split
-from data.shards import Shard, file_sha256, pixels_path, read_shard, record_path
+from data.jpeg_shards import JpegShard
+from data.manifest import Fingerprint, Manifest, ShardEntry
+from data.records import DatasetError
+from data.shards import PixelFormat, file_sha256, pixels_path, read_shard, record_path
+
+ShardPixels = NDArray[np.uint8] | JpegShard
+"""The images of one shard, `(n, S, S, 3)`: mapped into memory, or decoded when asked for."""
+
+MOST_THREADS = 8
+"""Threads that decode a batch of JPEG images, at most; beyond it Python's own lock limits them."""
 
 
 class PreparedSplit:
@@ -24,12 +33,14 @@ class PreparedSplit:
 
     def __init__(
         self,
-        shards: Sequence[NDArray[np.uint8]],
+        shards: Sequence[ShardPixels],
         labels: NDArray[np.int64] | None,
         hashes: Sequence[str] = (),
     ) -> None:
         self._shards = shards
         self._hashes = hashes or [""] * len(shards)
+        decoded = any(isinstance(shard, JpegShard) for shard in shards)
+        self._threads = min(_processors(), MOST_THREADS) if decoded else 1
         self._firsts = np.cumsum([0, *(len(shard) for shard in shards)])
         self.labels = labels
 
@@ -67,11 +78,20 @@ class PreparedSplit:
                 f"{indices.max()}."
             )
         out = np.empty((len(indices), self.side, self.side, 3), dtype=np.uint8)
+        if self._threads == 1:
+            self._fill(out, indices)
+            return out
+        # Any division gives the same bytes: each image goes to its own place.
+        parts = (np.array_split(out, self._threads), np.array_split(indices, self._threads))
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
+            list(pool.map(self._fill, *parts))  # raises what they raised
+        return out
+
+    def _fill(self, out: NDArray[np.uint8], indices: NDArray[np.int64]) -> None:
         shard_numbers = np.searchsorted(self._firsts, indices, side="right") - 1
         for number in np.unique(shard_numbers):
             here = np.flatnonzero(shard_numbers == number)
             out[here] = self._shards[number][indices[here] - self._firsts[number]]
-        return out
 
 
 class PreparedData:
@@ -100,7 +120,9 @@ class PreparedData:
             DatasetError: If it is not finished, or a file is missing or cut short.
         """
         found = manifest.read(directory)
-        splits = {split: _open_split(directory, group) for split, group in found.shards.items()}
+        splits = {
+            split: _open_split(directory, found, group) for split, group in found.shards.items()
+        }
         names = found.class_names
         return cls(
             train=splits["train"],
@@ -124,23 +146,27 @@ def verify(directory: Path, full: bool) -> str | None:
         found = manifest.read(directory)
     except DatasetError as error:
         return str(error)
-    shards: dict[Split, list[Shard]] = {split: [] for split in found.shards}
-    for split, group in found.shards.items():
+    fingerprint = Fingerprint(found.side, found.class_names, found.pixel_format)
+    for split, group in sorted(found.shards.items()):
+        fingerprint.begin(split, len(group))
         for entry in group:
-            reason = _what_is_wrong(directory, entry, full=full)
+            reason = _what_is_wrong(directory, entry, found.pixel_format, full=full)
             if reason is not None:
                 return reason
-            shard = read_shard(directory, entry.name)
+            shard = read_shard(directory, entry.name, entry.record_sha256)
             if shard is None:
                 return f"{entry.name}.json cannot be read"
-            shards[split].append(shard)
-    if manifest.fingerprint(shards, found.side, found.class_names) != found.fingerprint:
+            fingerprint.add(shard)
+    if fingerprint.hexdigest() != found.fingerprint:
         return f"{manifest.FILE_NAME} was edited: its fingerprint is not that of its parts"
     return None
 
 
-def _what_is_wrong(directory: Path, entry: ShardEntry, *, full: bool) -> str | None:
-    pixels, record = pixels_path(directory, entry.name), record_path(directory, entry.name)
+def _what_is_wrong(
+    directory: Path, entry: ShardEntry, pixel_format: PixelFormat, *, full: bool
+) -> str | None:
+    pixels = pixels_path(directory, entry.name, pixel_format)
+    record = record_path(directory, entry.name)
     for path in (pixels, record):
         if not path.is_file():
             return f"{path.name} is missing"
@@ -156,16 +182,24 @@ def _what_is_wrong(directory: Path, entry: ShardEntry, *, full: bool) -> str | N
     return None
 
 
-def _open_split(directory: Path, entries: Sequence[ShardEntry]) -> PreparedSplit:
-    pixels, labels, hashes = [], [], []
+def _open_split(directory: Path, found: Manifest, entries: Sequence[ShardEntry]) -> PreparedSplit:
+    pixels: list[ShardPixels] = []
+    labels, hashes = [], []
     for entry in entries:
-        shard = read_shard(directory, entry.name)
-        path = pixels_path(directory, entry.name)
+        shard = read_shard(directory, entry.name, entry.record_sha256)
+        path = pixels_path(directory, entry.name, found.pixel_format)
         try:
-            pixels.append(np.load(path, mmap_mode="r"))
+            if found.pixel_format == "jpeg":
+                pixels.append(JpegShard(path, entry.images, found.side))
+            else:
+                pixels.append(np.load(path, mmap_mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(path, error) from error
-        if shard is None or len(pixels[-1]) != entry.images:
+        if (
+            shard is None
+            or shard.pixel_format != found.pixel_format
+            or len(pixels[-1]) != entry.images
+        ):
             raise _damaged(path, "it does not fit its description")
         labels.append(shard.labels)
         hashes.append(shard.hashes)
@@ -180,3 +214,7 @@ def _damaged(path: Path, cause: object) -> DatasetError:
         f"{path} must be a whole shard of prepared images: {cause}. Delete {manifest.FILE_NAME} "
         "beside it and run the prepare-data stage, which keeps the sound parts."
     )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

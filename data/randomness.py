@@ -57,3 +57,22 @@ def uniform(
         state = state ^ (state >> np.uint64(31))
     # The upper 53 bits, which is what a float64 in [0, 1) can hold.
     return np.asarray((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def order_by(chance: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the order that sorts random numbers, equal ones by their places.
+
+    The same as a stable sort in half its time, which counts at a million images: of numbers with
+    53 bits hardly ever two are equal.
+
+    Args:
+        chance: `(N,)`, as `uniform` returns them.
+
+    Returns:
+        `(N,)`, a permutation of `0` to `N - 1`.
+    """
+    order = np.argsort(chance)
+    ordered = chance[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        return np.argsort(chance, kind="stable")
+    return order

@@ -1,19 +1,27 @@
 """Writing and reading one shard of prepared images so that a half-written one never counts.
 
-A shard is `<name>.npy` with the pixels and, written after it, `<name>.json` with everything else.
+A shard is `<name>.npy` with the pixels (or `<name>.jpegs`, see `data.jpeg_shards`) and, written
+after it, `<name>.json` with everything else.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
+
+PixelFormat = Literal["raw", "jpeg"]
+"""How pixels are stored: as they are, or as JPEG files that leave no mark (see `data.jpeg`)."""
+
+SUFFIXES: dict[PixelFormat, str] = {"raw": ".npy", "jpeg": ".jpegs"}
+"""Endings of the files that hold the pixels."""
 
 TEMPORARY = ".tmp"
 """Ending of files that are being written; one that is found was left by a run cut off."""
@@ -40,11 +48,11 @@ class Shard:
     images: int
     """Images in it, `n`."""
     sha256: str
-    """Of the `.npy` file, whose array is `(n, side, side, 3)` uint8."""
+    """Of the file that holds the pixels, `(n, side, side, 3)` uint8."""
     size: int
-    """Of the `.npy` file, in bytes."""
+    """Of that file, in bytes."""
     mtime_ns: int
-    """When the `.npy` file was last written, in nanoseconds since 1970."""
+    """When that file was last written, in nanoseconds since 1970."""
     labels: list[int] | None
     """One per image, or None if the source has no labels."""
     skipped: list[Skipped]
@@ -52,11 +60,13 @@ class Shard:
     hashes: str = ""
     """Perceptual hashes of the images, see `data.duplicates`; empty in shards of earlier versions,
     whose hashes are computed from the pixels when they are asked for."""
+    pixel_format: PixelFormat = "raw"
+    """How the pixels are stored."""
 
 
-def pixels_path(directory: Path, name: str) -> Path:
+def pixels_path(directory: Path, name: str, pixel_format: PixelFormat) -> Path:
     """Return where the pixels of shard `name` lie."""
-    return directory / f"{name}.npy"
+    return directory / f"{name}{SUFFIXES[pixel_format]}"
 
 
 def record_path(directory: Path, name: str) -> Path:
@@ -79,22 +89,29 @@ def write_pixels(path: Path, images: Iterable[NDArray[np.uint8]], side: int, mos
     Returns:
         How many images there were.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
     count = 0
+    with written_whole(path) as file:
+        _write_header(file, most, side)
+        for image in images:
+            file.write(image.tobytes())
+            count += 1
+        file.seek(0)
+        _write_header(file, count, side)
+    return count
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name at the end of the `with` block, or never."""
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         with temporary.open("wb") as file:
-            _write_header(file, most, side)
-            for image in images:
-                file.write(image.tobytes())
-                count += 1
-            file.seek(0)
-            _write_header(file, count, side)
+            yield file
             _flush_to_disk(file)
     except OSError:
         temporary.unlink(missing_ok=True)  # or a full disk stays full
         raise
     replace_durably(temporary, path)
-    return count
 
 
 def describe(
@@ -105,6 +122,7 @@ def describe(
     labels: list[int] | None,
     skipped: list[Skipped],
     hashes: str = "",
+    pixel_format: PixelFormat,
 ) -> Shard:
     """Return the description of the pixels just written at `path`, read back for the digest."""
     status = path.stat()
@@ -118,6 +136,7 @@ def describe(
         labels=labels,
         skipped=skipped,
         hashes=hashes,
+        pixel_format=pixel_format,
     )
 
 
@@ -127,11 +146,22 @@ def write_shard_record(directory: Path, shard: Shard) -> None:
     write_json(record_path(directory, shard.name), {**content, "digest": digest_of(content)})
 
 
-def read_shard(directory: Path, name: str) -> Shard | None:
-    """Return the description of a finished shard, or None if there is none or it is damaged."""
+def read_shard(directory: Path, name: str, sha256: str | None = None) -> Shard | None:
+    """Return the description of a finished shard, or None if there is none or it is damaged.
+
+    Args:
+        directory: Where it lies.
+        name: Of the shard.
+        sha256: What the manifest says of the file, if there is one; it spares working out the
+            digest within.
+    """
     try:
-        content = json.loads(record_path(directory, name).read_bytes())
-        if content.pop("digest") != digest_of(content):
+        written = record_path(directory, name).read_bytes()
+        if sha256 is not None and hashlib.sha256(written).hexdigest() != sha256:
+            return None
+        content = json.loads(written)
+        digest = content.pop("digest")
+        if sha256 is None and digest != digest_of(content):
             return None
         skipped = [Skipped(**entry) for entry in content["skipped"]]
         return Shard(**{**content, "skipped": skipped})

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.prepared import PreparedData, PreparedSplit
-from data.randomness import uniform
+from data.randomness import order_by, uniform
 from data.records import DatasetError
 
 
@@ -121,9 +121,11 @@ def _take_out(subset: Subset, fraction: float, seed: int, part: str) -> tuple[Su
     if labels is None:
         labels = np.zeros(len(subset), dtype=np.int64)
     _, share = _ranks(labels, subset.indices, seed, part)
-    order = np.argsort(share, kind="stable")
-    taken, left = np.sort(order[:count]), np.sort(order[count:])
-    return Subset(subset.split, subset.indices[taken]), Subset(subset.split, subset.indices[left])
+    largest = np.partition(share, count - 1)[count - 1]
+    taken = share < largest
+    ties = np.flatnonzero(share == largest)
+    taken[ties[: count - np.count_nonzero(taken)]] = True
+    return Subset(subset.split, subset.indices[taken]), Subset(subset.split, subset.indices[~taken])
 
 
 def _ranks(
@@ -137,12 +139,16 @@ def _ranks(
             shares, however many, are a stratified selection.
     """
     chance = uniform(seed, 0, ids, f"split {stream}")
+    # Class by class, each one shuffled. A million images are divided whenever a stage starts, and
+    # numbers of 16 bits are sorted in a tenth of the time.
+    order = order_by(chance)
+    narrow = labels[order].astype(np.min_scalar_type(labels.max(initial=0)))
+    order = order[np.argsort(narrow, kind="stable")]
+    firsts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    sizes = np.diff(firsts, append=len(labels))
     rank = np.empty(len(labels), dtype=np.int64)
-    share = np.empty(len(labels), dtype=np.float64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        members = members[np.argsort(chance[members], kind="stable")]
-        rank[members] = np.arange(len(members))
-        # Classes of one size would tie at every rank; chance decides which of them gives first.
-        share[members] = (rank[members] + chance[members]) / len(members)
-    return rank, share
+    rank[order] = np.arange(len(labels)) - np.repeat(firsts, sizes)
+    size = np.empty(len(labels), dtype=np.int64)
+    size[order] = np.repeat(sizes, sizes)
+    # Classes of one size would tie at every rank; chance decides which of them gives first.
+    return rank, (rank + chance) / size

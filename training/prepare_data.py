@@ -35,6 +35,7 @@ def compute(context: StageContext) -> StageOutcome:
         report=report,
         workers=settings.hardware.threads or available_processors(),
         max_skipped=settings.data.max_skipped,
+        pixel_format=settings.data.format,
     )
     copies = count_copies(context.directory)
     if copies:

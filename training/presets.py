@@ -58,7 +58,7 @@ PRESETS: dict[str, Preset] = {
     # Command: rotvit run --preset imagenet. The mission; its optimiser settings are the defaults.
     "imagenet": Preset(
         summary="The mission: ImageNet-1k at 160 px for 5 epochs, transfer to Imagenette.",
-        needs="one large GPU; 100 GB of disk for the prepared images; HF_TOKEN",
+        needs="one large GPU; 100 GB of disk (25 with data.format=jpeg); HF_TOKEN",
         values={},
     ),
     # Command: rotvit run --preset cifar10. Sizes of DeiT-Tiny with the patches of PatchRot

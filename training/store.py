@@ -136,6 +136,8 @@ def make_request(
         source, test_source = data_source(stage.name, settings)
         identity = sources.open_source(source, test_source).identity()
         reads = {"source": digest_of(identity), "side": settings.prepared_size}
+        if settings.data.format != "raw":  # the only one once: keys of that time stay valid
+            reads["format"] = settings.data.format
     key = digest_of(
         {
             "stage": stage.directory or stage.name,

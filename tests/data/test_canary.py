@@ -8,7 +8,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
+from data import jpeg
 from data.canary import NoiseSource, probe_rotation
 from data.decode import decode_square
 from data.drawn import draw
@@ -17,6 +19,7 @@ from data.prepare import prepare
 from data.prepared import PreparedData, PreparedSplit
 from data.records import Split
 from data.rotation import make_rotation_batch
+from data.shards import PixelFormat
 from data.splits import Subset
 
 CHANCE = 0.25
@@ -38,14 +41,30 @@ def rotated(batches: list[Batch]) -> Rotated:
     return torch.cat(images).numpy(), torch.cat(labels).numpy()
 
 
-def accuracy_after_the_data_path(directory: Path, seed: int = 0) -> float:
-    """Noise files through preparation, training and test batches, and the rotation."""
-    source = NoiseSource(train=1000, test=2000, long_side_px=60, seed=seed)
-    prepare(source, directory, side=36, report=lambda done, total: None, workers=2)
+def accuracy_after_the_data_path(
+    directory: Path, *, stored: int = 36, crop: int = 32, pixel_format: PixelFormat = "raw"
+) -> float:
+    """Noise files through preparation, training and test batches, and the rotation.
+
+    Args:
+        directory: For the prepared images.
+        stored: Side of the prepared images, in pixels.
+        crop: Side of what is cut out of them, in pixels.
+        pixel_format: How they are stored.
+    """
+    source = NoiseSource(train=1000, test=2000, long_side_px=60, seed=0)
+    prepare(
+        source,
+        directory,
+        side=stored,
+        report=lambda done, total: None,
+        workers=2,
+        pixel_format=pixel_format,
+    )
     prepared = PreparedData.open(directory)
     cpu = torch.device("cpu")
-    train = Batches(whole(prepared.train), batch_size=100, side=32, flip=True, seed=0, device=cpu)
-    test = eval_batches(whole(prepared.test), batch_size=99, side=32, device=cpu)
+    train = Batches(whole(prepared.train), batch_size=100, side=crop, flip=True, seed=0, device=cpu)
+    test = eval_batches(whole(prepared.test), batch_size=99, side=crop, device=cpu)
     return probe_rotation(rotated(list(train.epoch(0))), rotated(list(test)))
 
 
@@ -73,6 +92,37 @@ def test_jpeg_at_the_final_size_leaves_a_mark(
 
     monkeypatch.setattr("data.decoding_pool.decode_square", decode_through_jpeg)
     assert accuracy_after_the_data_path(tmp_path) > CHANCE + TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stored", "crop"), [(32, 32), (36, 32), (36, 36)])
+def test_noise_comes_through_the_jpeg_format_without_a_mark(
+    tmp_path: Path, stored: int, crop: int
+) -> None:
+    """With blocks that fit the image, that are cut by random crops, and that do not fit."""
+    accuracy = accuracy_after_the_data_path(tmp_path, stored=stored, crop=crop, pixel_format="jpeg")
+    assert accuracy == pytest.approx(CHANCE, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_standard_tables_leave_a_mark_at_the_same_quality(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=jpeg.QUALITY)
+    standard = list(JpegImageFile(file).quantization.values())
+    monkeypatch.setattr(jpeg, "symmetric_tables", lambda: standard)
+    accuracy = accuracy_after_the_data_path(tmp_path, stored=32, pixel_format="jpeg")
+    assert accuracy > CHANCE + TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_grid_of_blocks_that_begins_at_a_corner_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jpeg, "_reflected", np.arange)
+    accuracy = accuracy_after_the_data_path(tmp_path, crop=36, pixel_format="jpeg")
+    assert accuracy > CHANCE + TOLERANCE
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from PIL import Image
 
 from data import prepare as module
 from data.decode import decode_square
+from data.disk_space import estimate_bytes
 from data.manifest import Manifest
-from data.prepare import estimate_bytes, prepare
+from data.prepare import prepare
 from data.prepared import PreparedData, verify
 from data.records import DatasetError, Record, Source, Split
+from data.shards import read_shard
 
 MakeSource = Callable[..., Any]
 MakeNoise = Callable[..., list[NDArray[np.uint8]]]
@@ -340,6 +344,39 @@ def test_memory_does_not_grow_with_the_number_of_images(
 
     run(source, tmp_path, report=watch, workers=2)
     assert most <= 10
+
+
+def test_the_labels_of_one_shard_at_a_time_are_in_memory(
+    list_source: MakeSource,
+    noise_images: MakeNoise,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = list_source(noise_images(1, 5, 5) * 60, labels={"train": [0] * 60}, class_names=["a"])
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Watched(list[int]):
+        """A list that can be watched, one apart from the other."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def watched(directory: Path, name: str, *rest: Any) -> Any:
+        nonlocal most
+        shard = read_shard(directory, name, *rest)
+        if shard is not None:
+            labels = Watched(shard.labels or [])
+            alive.add(labels)
+            shard = replace(shard, labels=labels)
+            most = max(most, len(alive))
+        return shard
+
+    run(source, tmp_path)
+    for name in ("prepare", "manifest", "prepared"):
+        monkeypatch.setattr(f"data.{name}.read_shard", watched)
+    run(source, tmp_path)
+    assert verify(tmp_path, full=False) is None
+    assert 1 <= most <= 3, "of 15 shards; loops hold on to their last"
 
 
 def test_odd_files_do_not_depend_on_the_users_warning_filters(

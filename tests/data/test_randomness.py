@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.randomness import derive_seed, uniform
+from data.randomness import derive_seed, order_by, uniform
 
 
 def splitmix64(state: int, count: int) -> list[int]:
@@ -71,3 +71,10 @@ def test_seeds_tell_parts_their_types_and_their_order_apart() -> None:
 def test_seeds_are_the_same_on_every_machine() -> None:
     # echo -n '[0, "dropout"]' | sha256sum | cut -c1-16
     assert derive_seed(0, "dropout") == 0xE5AADFD71829A42C >> 1
+
+
+@pytest.mark.parametrize("values", [10**9, 50])
+def test_equal_numbers_keep_their_order(values: int) -> None:
+    chance = np.random.default_rng(0).integers(0, values, 2000) / values
+    assert order_by(chance).tolist() == sorted(range(2000), key=lambda number: chance[number])
+    assert order_by(chance[:0]).tolist() == []

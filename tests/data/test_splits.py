@@ -5,6 +5,7 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from data.prepared import PreparedData, PreparedSplit
+from data.randomness import uniform
 from data.records import DatasetError
 from data.splits import Subset, split, take_labelled
 
@@ -86,6 +87,24 @@ def test_a_subset_gathers_by_position(make_prepared: MakePrepared) -> None:
     assert subset.labels.tolist() == [2, 2, 1]
     expected = prepared.train.gather(np.array([7, 2]))
     assert np.array_equal(subset.gather(np.array([2, 0])), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 300])
+def test_the_parts_are_those_of_going_through_class_by_class(classes: int) -> None:
+    """The plain form, which takes too long with a thousand classes and a million images."""
+    labels = np.random.default_rng(0).integers(0, classes, 500)
+    subset = make_subset(labels.tolist())
+    chance = uniform(7, 0, subset.indices, "split val")
+    share = np.empty(500)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(chance[members], kind="stable")]
+        share[members] = (np.arange(len(members)) + chance[members]) / len(members)
+    order = np.argsort(share, kind="stable")
+    prepared = PreparedData(train=subset.split, test=subset.split, fingerprint="", class_names=None)
+    parts = split(prepared, val_fraction=0.1, test_fraction=0.1, seed=7)
+    assert parts.val.indices.tolist() == sorted(order[:50].tolist())
+    assert parts.train.indices.tolist() == sorted(order[50:].tolist())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])

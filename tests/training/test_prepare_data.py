@@ -10,7 +10,7 @@ import pytest
 from data import prepare as preparing
 from training import prepare_data, store
 from training.runner import StageContext, StageOutcome, run_stage
-from training.settings import Settings
+from training.settings import Settings, merge, validate
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest
@@ -37,6 +37,16 @@ def test_stopped_and_typed_again_it_makes_the_same_images(
     again = run_stage(cut, prepare_data.compute)
     assert again.digest == whole.digest
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "not written a second time"
+
+
+def test_the_format_that_is_set_is_stored(tiny_settings: Settings, tmp_path: Path) -> None:
+    settings = validate(
+        merge(tiny_settings.model_dump(), {"data": {"format": "jpeg", "crop_margin": 0.0}})
+    )
+    wanted = request(settings, tmp_path)
+    run_stage(wanted, prepare_data.compute)
+    assert {path.suffix for path in wanted.directory.glob("train-*")} == {".jpegs", ".json"}
+    assert store.inspect(wanted).state == "cached"
 
 
 def test_of_two_at_once_one_prepares_and_the_other_takes_what_it_made(

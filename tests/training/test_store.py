@@ -189,6 +189,18 @@ def test_a_result_built_on_a_replaced_input_is_missing(
     assert store.inspect(second).state == "cached"
 
 
+def test_only_jpeg_enters_the_key_of_prepared_images(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    def prepare_with(**data: Any) -> StageRequest:
+        settings = validate(merge(tiny_settings.model_dump(), {"data": data}))
+        return store.make_request(STAGES["prepare_data"], settings, tmp_path, {})
+
+    assert set(prepare_with().reads) == {"source", "side"}, "keys from before there was a choice"
+    assert prepare_with(format="raw").key == prepare_with().key
+    assert prepare_with(format="jpeg").key != prepare_with().key
+
+
 @pytest.mark.parametrize("number", range(1, 12))
 def test_outdated_work_that_is_cleared_only_in_part_is_never_built_on(
     request_pretrain: Request, monkeypatch: pytest.MonkeyPatch, number: int
