@@ -103,7 +103,8 @@ def _make(opened: tarfile.TarFile, member: tarfile.TarInfo, fresh: Path, archive
         reason = "it is a link or a device"
     if reason is not None:
         raise _refused(
-            archive, f"must hold plain files and folders below its own root; {member.name!r}: {reason}"
+            archive,
+            f"must hold plain files and folders below its own root; {member.name!r}: {reason}",
         )
     place = fresh / member.name
     # No link was made in there, so this cannot fail; should it ever, nothing is written.

@@ -4,14 +4,16 @@ It is what the download stage makes; with it a source needs the network no more,
 is too large to keep, no more than for the files themselves.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.records import DatasetError, Split
-from data.shards import digest_of, file_sha256, write_json
+from data.shards import digest_of, write_json
 
 FILE_NAME = "catalogue.json"
 """Name of the catalogue in the directory of a download."""
@@ -31,7 +33,8 @@ class RemoteFile:
     size: int
     """In bytes."""
     checksum: str | None = None
-    """`sha256:...` or `md5:...` as its publisher states it; None if nobody does."""
+    """`sha256:...`, `md5:...` or `git:...` (the name of a blob) as its publisher states it; None if
+    nobody does."""
     version: str | None = None
     """Tells this content from another one at the same address, where there is no checksum."""
     split: Split | None = None
@@ -59,6 +62,7 @@ class Catalogue:
             from 0 already.
         root: Folder of the images, in an archive.
         folders: Class folders, in the order of `class_names`, in an archive.
+        unpacked: Number and bytes of the files of an archive, once it is taken apart.
     """
 
     spec: str
@@ -72,7 +76,8 @@ class Catalogue:
     label: str | None = None
     values: Sequence[Any] | None = None
     root: str = ""
-    folders: Sequence[str] = field(default_factory=tuple)
+    folders: Sequence[str] = ()
+    unpacked: Sequence[int] = ()
 
     @property
     def size(self) -> int:
@@ -126,7 +131,19 @@ def read(directory: Path) -> list[Catalogue]:
 def kept_files(directory: Path, catalogue: Catalogue) -> list[Path]:
     """Return where the files of a source lie, if they are kept."""
     folder = folder_of(directory, catalogue.spec)
-    return [folder / file.name for file in catalogue.files] if catalogue.kept else []
+    if not catalogue.kept or catalogue.layout == "archive":  # taken apart, and deleted then
+        return []
+    return [folder / file.name for file in catalogue.files]
+
+
+def count_files(folder: Path) -> list[int]:
+    """Return number and bytes of the files below a folder."""
+    sizes = [
+        (Path(where) / name).lstat().st_size
+        for where, _, names in os.walk(folder)
+        for name in names
+    ]
+    return [len(sizes), sum(sizes)]
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:
@@ -138,12 +155,11 @@ def is_whole(path: Path, file: RemoteFile) -> bool:
 
 def checksum_of(path: Path, like: str) -> str:
     """Return the checksum of a file, of the kind of `like`, such as `sha256:...`."""
-    import hashlib
-
     kind = like.partition(":")[0]
-    if kind == "sha256":
-        return f"sha256:{file_sha256(path)}"
     with path.open("rb") as file:
+        if kind == "git":
+            start = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+            return f"git:{hashlib.file_digest(file, lambda: start).hexdigest()}"
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
 
@@ -160,6 +176,10 @@ def verify(directory: Path) -> str | None:
     except DatasetError as error:
         return str(error)
     for catalogue in catalogues:
+        if catalogue.layout == "archive":
+            found = count_files(folder_of(directory, catalogue.spec) / catalogue.root)
+            if found != list(catalogue.unpacked):
+                return f"{catalogue.root} has {found[0]} files, {found[1]} bytes, not all it had"
         for path, file in zip(kept_files(directory, catalogue), catalogue.files, strict=False):
             if not path.is_file():
                 return f"{file.name} is gone"

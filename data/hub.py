@@ -57,14 +57,13 @@ def list_files(spec: str, patience: Patience, stop: Stop) -> tuple[str, list[Rem
         found = siblings[name]
         if found.size is None:
             raise DatasetError(f"{address.repository} must list the size of {name}, it does not.")
-        checksum = f"sha256:{found.lfs.sha256}" if found.lfs else None
+        checksum = f"sha256:{found.lfs.sha256}" if found.lfs else f"git:{found.blob_id}"
         files.append(
             RemoteFile(
                 name=name,
                 url=_url(address.repository, name, info.sha),
                 size=found.size,
                 checksum=checksum,
-                version=info.sha,
                 split=split,
             )
         )
@@ -111,7 +110,7 @@ def _converted(names: Any, address: HubAddress) -> dict[str, str]:
 
 
 def _by_datasets(address: HubAddress, commit: str) -> dict[str, str]:
-    """Return the files that the `datasets` library would read, from the data set's card or names."""
+    """Return the files that `datasets` would read, as the card or their names say."""
     import datasets
 
     try:
@@ -180,7 +179,9 @@ def _our_splits(chosen: dict[str, str], address: HubAddress) -> Iterator[tuple[s
     yield from ((name, "train") for name, split in chosen.items() if split == train)
     for test in ("validation", "val", "valid", "test"):
         if test in names and test != train:
-            yield from ((name, SPLIT_NAMES.get(test, "test")) for name in chosen if chosen[name] == test)
+            yield from (
+                (name, SPLIT_NAMES.get(test, "test")) for name in chosen if chosen[name] == test
+            )
             return
 
 

@@ -71,9 +71,12 @@ def opened(
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     if start and version:
         headers["If-Range"] = version
-    with _errors_of_http(url), _session().stream(
-        "GET", url, headers=headers, timeout=patience.stall_seconds, follow_redirects=True
-    ) as response:
+    with (
+        _errors_of_http(url),
+        _session().stream(
+            "GET", url, headers=headers, timeout=patience.stall_seconds, follow_redirects=True
+        ) as response,
+    ):
         _check_status(response, url)
         begins, size = _extent(response)
         etag = response.headers.get("ETag", "")
@@ -134,14 +137,14 @@ def _is_http(url: str) -> bool:
 
 
 def _session() -> Any:
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     return get_session()
 
 
 def _hub_headers(url: str) -> dict[str, str]:
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     if not url.startswith(f"{constants.ENDPOINT}/"):
         return {}

@@ -1,6 +1,6 @@
 """What a source's name means before anything is read: grammar, known data sets, what is remote.
 
-Imports next to nothing, so that keys, plans and the command line know it at once.
+Reads and imports next to nothing, so that settings and plans know it at once.
 """
 
 import re
@@ -26,20 +26,43 @@ class HubAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Archive:
+    """Another place to have a data set from: a tar archive of class folders.
+
+    Attributes:
+        url: Where it lies.
+        checksum: `md5:...`, as its publisher states it.
+        root: Folder in it that holds `train/` and `val/`.
+        classes: Name of each class by its folder, in the order of the labels.
+        most_files: Bound of its members, well above what it has.
+        most_bytes: Bound of its bytes, unpacked.
+    """
+
+    url: str
+    checksum: str
+    root: str
+    classes: Mapping[str, str]
+    most_files: int
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KnownDataset:
-    """A data set that has a name here. Its counts are published, so nothing need be fetched to plan.
+    """A data set that has a name here, with what is published about it.
 
     Attributes:
         address: Where it lies.
         counts: Images per split, its official validation images being our test images.
         num_classes: Number of classes.
         files: Pattern of its files' names with a group `split`; None where their layout tells.
+        archive: Where else it can be had.
     """
 
     address: HubAddress
     counts: Mapping[Split, int]
     num_classes: int
     files: str | None = None
+    archive: Archive | None = None
 
 
 KNOWN = {
@@ -50,6 +73,26 @@ KNOWN = {
         ),
         counts={"train": 9469, "test": 3925},
         num_classes=10,
+        # As torchvision's Imagenette takes it; a test compares address, checksum and names.
+        archive=Archive(
+            url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+            checksum="md5:3df6f0d01a2c9592104656642f5e78a3",
+            root="imagenette2-320",
+            classes={
+                "n01440764": "tench",
+                "n02102040": "English springer",
+                "n02979186": "cassette player",
+                "n03000684": "chain saw",
+                "n03028079": "church",
+                "n03394916": "French horn",
+                "n03417042": "garbage truck",
+                "n03425413": "gas pump",
+                "n03445777": "golf ball",
+                "n03888257": "parachute",
+            },
+            most_files=20_000,
+            most_bytes=2 * 10**9,
+        ),
     ),
     "imagenet-1k": KnownDataset(
         address=HubAddress(repository="ILSVRC/imagenet-1k"),

@@ -1,5 +1,7 @@
 """Preparation: decode every image once into square uint8 arrays that training maps into memory."""
 
+from data.downloaded_source import Scratch
+from data.patience import Patience
 from data.prepare import prepare
 from data.sources import open_source
 from training import runner
@@ -12,6 +14,12 @@ def compute(context: StageContext) -> StageOutcome:
     """Prepare the images of a source; finished shards of an earlier attempt are kept."""
     settings = context.settings
     source, test_source = data_source(context.request.stage, settings)
+    downloads = context.input("download") if "download" in context.request.inputs else None
+    scratch = Scratch(
+        directory=context.directory / "fetched",
+        patience=Patience(),
+        stop=lambda: bool(context.stop),
+    )
 
     def report(done: int, total: int) -> None:
         context.progress(done, total, "images")
@@ -22,13 +30,14 @@ def compute(context: StageContext) -> StageOutcome:
             )
 
     manifest = prepare(
-        open_source(source, test_source),
+        open_source(source, test_source, downloads=downloads, scratch=scratch),
         context.directory,
         side=settings.prepared_size,
         report=report,
         workers=settings.hardware.threads or available_processors(),
         max_skipped=settings.data.max_skipped,
     )
+    scratch.remove()
     return StageOutcome(
         scores={
             "source": source,

@@ -55,6 +55,9 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
         name: The stage's.
         row: Its scores, by the names in `results.json`.
     """
+    if name.startswith("download"):
+        counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
+        return f"{counts} images, {row['bytes'] / 10**6:,.0f} MB" if counts else "nothing to do"
     if name.startswith("prepare"):
         counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
         skipped = row.get("skipped", 0)
