@@ -14,7 +14,7 @@ from data.patience import Patience, TryAgainError, asked_wait
 from data.records import DatasetError
 
 CHUNK = 2**18
-"""Bytes that are read at once."""
+"""Bytes that are read at once from a store other than HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def opened(
         etag = response.headers.get("ETag", "")
         # Weak tags promise no equal bytes.
         known = etag if etag and not etag.startswith("W/") else None
-        yield Stream(begins, size, known, response.iter_raw(CHUNK))
+        # As they come: pieces of a fixed size would keep back what came before a cut.
+        yield Stream(begins, size, known, response.iter_raw())
 
 
 def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:

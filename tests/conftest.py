@@ -118,14 +118,13 @@ def stop_after() -> type[StopAfter]:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
     """A stand-in for the Hub that this process and its children take for the real one."""
     import datasets.config
-    from huggingface_hub import constants, file_download, hf_file_system
+    from huggingface_hub import constants, hf_file_system
 
     with standin_hub() as found:
         template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setenv("HF_ENDPOINT", found.url)
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", found.url)
         hf_file_system.HfFileSystem.clear_instance_cache()
         yield found
