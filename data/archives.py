@@ -5,17 +5,20 @@ CVE-2025-4330), so it is not relied on: only plain files and folders are made, o
 fresh folder, and nothing that is there already is opened.
 """
 
+import gzip
+import lzma
 import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 
 from data.patience import Stop, never
 from data.records import DatasetError
 
 _PIECE = 2**20
+_DAMAGE = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
 def extract(
@@ -48,7 +51,7 @@ def extract(
     files, size = 0, 0
     try:
         with tarfile.open(archive, "r:*") as opened:
-            for member in _members(opened, archive):
+            for member in opened:
                 if stop():
                     raise InterruptedError(
                         f"Stopped while unpacking {archive.name}; the same command begins anew."
@@ -62,6 +65,9 @@ def extract(
                         "it has more",
                     )
                 _make(opened, member, fresh, archive)
+    except _DAMAGE as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise _refused(archive, f"must be a whole tar archive, it is not ({error})") from error
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -88,13 +94,6 @@ def unsafe_name(name: str) -> str | None:
     if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in parts):
         return "it is too long"
     return None
-
-
-def _members(opened: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
-    try:
-        yield from opened
-    except (tarfile.TarError, EOFError) as error:
-        raise _refused(archive, f"must be a whole tar archive, it is not ({error})") from error
 
 
 def _make(opened: tarfile.TarFile, member: tarfile.TarInfo, fresh: Path, archive: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from data import catalogue
 from data.archives import extract
-from data.catalogue import Catalogue, count_files, folder_of
+from data.catalogue import Catalogue, count_files, folder_of, kept_files
 from data.fetching import fetch
-from data.listing import list_source
-from data.parquet_source import values_in
-from data.patience import Patience, Stop, never
+from data.listing import features_of, list_source
+from data.parquet_source import class_names, values_in
+from data.patience import DownloadError, Patience, Stop, never
 from data.records import DatasetError
 from data.shards import digest_of
 from data.specs import KNOWN
@@ -112,11 +112,35 @@ def _completed(found: Catalogue, directory: Path, stop: Stop) -> Catalogue:
             (folder / "unpacked" / found.root).replace(root)
             (folder / file.name).unlink()
         return replace(found, unpacked=count_files(root))
-    if found.kept and found.label is not None and found.class_names is None:
+    if not found.kept:
+        return found
+    _check_tables(found, directory)
+    if found.label is not None and found.class_names is None:
         paths = [folder / file.name for file in found.files_of("train")]
         values = values_in(paths, found.label)
         return replace(found, values=values, class_names=[str(value) for value in values])
     return found
+
+
+def _check_tables(found: Catalogue, directory: Path) -> None:
+    """Hold what was listed against the files, which are verified, while the list was not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for path, file in zip(kept_files(directory, found), found.files, strict=True):
+        try:
+            footer = pyarrow.parquet.read_metadata(path)
+            names = class_names(features_of(footer), found.label)
+            if footer.num_rows == file.rows and (names or found.class_names) == found.class_names:
+                continue
+            reason = f"{footer.num_rows} images with classes {names}"
+        except pyarrow.ArrowException as error:
+            reason = str(error)
+        (directory / catalogue.FILE_NAME).unlink()  # the next attempt lists anew
+        raise DownloadError(
+            f"{file.url} must be what was listed, {file.rows} images with classes "
+            f"{found.class_names}; it is {reason}. Run the same command again."
+        )
 
 
 def _is_unpacked(directory: Path, found: Catalogue) -> bool:

@@ -68,11 +68,11 @@ def _list_tables(spec: str, patience: Patience, stop: Stop) -> Catalogue:
         replace(file, rows=int(footer.num_rows))
         for file, footer in zip(files, footers, strict=True)
     ]
-    features = _features(footers[0])
+    features = features_of(footers[0])
     image, label = image_column(spec, features), label_column(features)
     names = class_names(features, label)
     for file, footer in zip(files, footers, strict=True):
-        other = _features(footer)
+        other = features_of(footer)
         if image not in other or (label is not None and other.get(label) != features[label]):
             raise DatasetError(
                 f"{spec} must have the same columns and classes in all files, {file.name} has "
@@ -144,17 +144,26 @@ def _read_footer(file: RemoteFile, patience: Patience, stop: Stop) -> Any:
             lambda: read_range(file.url, start, file.size, patience), file.name, patience, stop
         )
 
-    content = tail(FOOTER_BYTES)
-    needed = int.from_bytes(content[-8:-4], "little") + 8
-    if content[-4:] == b"PAR1" and len(content) < needed <= file.size:
-        content = tail(needed)
-    try:
+    def read() -> Any:
+        content = tail(FOOTER_BYTES)
+        needed = int.from_bytes(content[-8:-4], "little") + 8
+        if content[-4:] == b"PAR1" and len(content) < needed <= file.size:
+            content = tail(needed)
         return pyarrow.parquet.read_metadata(pyarrow.BufferReader(content[-needed:]))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatasetError(f"{file.url} must be a Parquet file, it is not: {error}.") from error
+
+    try:
+        return read()
+    except pyarrow.ArrowException:
+        _log.warning("%s: its end is no table's; reading it once more.", file.name)
+    try:
+        return read()  # a part of a file cannot be verified, so one wrong one proves nothing
+    except pyarrow.ArrowException as error:
+        raise DatasetError(
+            f"{file.url} must be a Parquet file, it is not: {str(error).rstrip('.')}."
+        ) from error
 
 
-def _features(footer: Any) -> Any:
+def features_of(footer: Any) -> Any:
     import datasets
 
     return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())

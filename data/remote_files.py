@@ -236,7 +236,7 @@ def _pieces(file: Any, wanted: int) -> Iterator[bytes]:
 
 
 def _version(details: dict[str, Any]) -> str | None:
-    for name in ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime", "created"):
+    for name in ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime"):
         if details.get(name):
             return str(details[name]).strip('"')
     return None

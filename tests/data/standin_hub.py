@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif path.startswith("/cdn/"):
                 self._content(next(c for c in self._contents() if _sha256(c) == path[5:]))
             elif path.startswith("/plain/"):
-                name, _, file = path.removeprefix("/plain/").partition(":")
+                name, _, file = path.removeprefix("/plain/").partition("/-/")
                 self._content(hub.repositories[name].files[file])
             else:
                 self._status(404)

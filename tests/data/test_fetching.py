@@ -31,7 +31,7 @@ def file(hub: StandInHub) -> RemoteFile:
     hub.add("a/b", {"f": CONTENT})
     checksum = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
     return RemoteFile(
-        name="f", url=f"{hub.url}/plain/a/b:f", size=len(CONTENT), checksum=checksum
+        name="f", url=f"{hub.url}/plain/a/b/-/f", size=len(CONTENT), checksum=checksum
     )
 
 
