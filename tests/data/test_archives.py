@@ -86,9 +86,7 @@ def test_an_attack_is_refused_and_nothing_is_kept(
 
 def test_a_file_through_a_link_of_the_same_archive_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
-    archive = make(
-        special("a", tarfile.SYMTYPE, str(tmp_path / "outside")), plain("a/escaped")
-    )
+    archive = make(special("a", tarfile.SYMTYPE, str(tmp_path / "outside")), plain("a/escaped"))
     with pytest.raises(DatasetError, match="'a': it is a link"):
         unpack(archive)
     assert everything(tmp_path / "outside") == set()
@@ -100,7 +98,8 @@ def test_a_name_that_comes_twice_is_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "members", [[plain(str(n)) for n in range(11)], [plain("a", b"0" * 600), plain("b", b"0" * 600)]]
+    "members",
+    [[plain(str(n)) for n in range(11)], [plain("a", b"0" * 600), plain("b", b"0" * 600)]],
 )
 def test_more_than_the_bounds_is_refused(
     make: Make, members: list[tuple[tarfile.TarInfo, bytes]]
@@ -129,9 +128,7 @@ def test_what_was_there_is_replaced_only_by_a_whole_archive(make: Make) -> None:
 
 def test_a_stop_leaves_nothing(make: Make, tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
-        extract(
-            make(plain("a")), tmp_path / "t", most_files=9, most_bytes=9, stop=lambda: True
-        )
+        extract(make(plain("a")), tmp_path / "t", most_files=9, most_bytes=9, stop=lambda: True)
     assert not (tmp_path / "t").exists()
 
 
