@@ -164,6 +164,7 @@ def _read_footer(file: RemoteFile, patience: Patience, stop: Stop) -> Any:
 
 
 def features_of(footer: Any) -> Any:
+    """Return the columns of a table, by its description, as `datasets` knows them."""
     import datasets
 
     return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())

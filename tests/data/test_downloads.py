@@ -428,7 +428,7 @@ def test_a_store_that_fsspec_knows(parquet: Parquet, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_store_whose_package_is_missing_is_said(tmp_path: Path, scheme: str) -> None:
-    with pytest.raises(DatasetError, match="needs one more package.*(s3fs|gcsfs)"):
+    with pytest.raises(DatasetError, match=r"needs one more package.*(s3fs|gcsfs)"):
         get(f"parquet:{scheme}://bucket/*.parquet", tmp_path)
 
 
@@ -438,8 +438,8 @@ def test_a_disk_that_is_too_small_is_said_before(
     class Usage:
         free = 10
 
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(DatasetError, match="download needs .* GB free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
+    with pytest.raises(DatasetError, match=r"download needs .* GB free"):
         get("hub:a/b", tmp_path)
 
 
@@ -514,5 +514,5 @@ def test_a_catalogue_of_another_format_is_refused(main_branch: StandInHub, tmp_p
     get("hub:a/b", tmp_path)
     content = json.loads((tmp_path / "catalogue.json").read_bytes())
     (tmp_path / "catalogue.json").write_text(json.dumps({**content, "format": 9}))
-    with pytest.raises(DatasetError, match="must be the catalogue of a download.*rotvit download"):
+    with pytest.raises(DatasetError, match=r"must be the catalogue of a download.*rotvit download"):
         catalogue.read(tmp_path)

@@ -1,4 +1,4 @@
-"""Downloading as a stage: once, resumed, checked again afterwards, and never asked for when done."""
+"""Downloading as a stage: once, resumed, checked again afterwards, never asked for when done."""
 
 import io
 from collections.abc import Callable, Mapping
