@@ -108,7 +108,7 @@ class _Part:
     def note(self, version: str | None) -> None:
         write_json(self._note, {"file": self._identity(), "version": version})
 
-    def check_version(self, version: str | None) -> None:
+    def check_version(self, version: str | None, start: int) -> None:
         """Raise if the server has other content now than at the last attempt, or as listed."""
         if self.file.checksum is not None or version is None:
             return  # the checksum decides
@@ -117,7 +117,7 @@ class _Part:
                 f"{self.file.url} must be as it was listed, it has been replaced since. Take what "
                 "there is now with `--refresh download`."
             )
-        if self.size and self.version not in ("", version):
+        if start and self.version not in ("", version):
             self.forget()
             raise TryAgainError("the file was replaced while it was read")
 
@@ -155,7 +155,7 @@ def _continue(part: _Part, patience: Patience, stop: Stop, report: Callable[[int
             raise TryAgainError(f"the server has {stream.size:,} bytes instead of {file.size:,}")
         if stream.start not in (0, part.size):
             raise TryAgainError("the server sent another part of the file than was asked for")
-        part.check_version(stream.version)
+        part.check_version(stream.version, stream.start)
         part.note(stream.version)
         with part.path.open("r+b" if part.path.exists() else "wb") as copy:
             copy.truncate(stream.start)

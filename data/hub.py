@@ -1,7 +1,7 @@
 """What a data set on the Hugging Face Hub consists of: its Parquet files, at one commit."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -45,13 +45,15 @@ def list_files(spec: str, patience: Patience, stop: Stop) -> tuple[str, list[Rem
         return persist(attempt, f"the list of files of {address.repository}", patience, stop)
 
     info = ask(lambda: _info(address, patience))
+    if info.gated:  # its list is open to all, its files are not
+        ask(lambda: _check_access(address))
     siblings = {each.rfilename: each for each in info.siblings or ()}
     if spec in KNOWN and KNOWN[spec].files:
         chosen = _by_pattern(siblings, KNOWN[spec].files or "")
     elif any(re.fullmatch(CONVERTED, name) for name in siblings):
         chosen = _converted(siblings, address)
     else:
-        chosen = ask(lambda: _by_datasets(address, info.sha))
+        chosen = ask(lambda: _by_datasets(address, info.sha, siblings))
     files = []
     for name, split in _our_splits(chosen, address):
         found = siblings[name]
@@ -79,6 +81,12 @@ def _info(address: HubAddress, patience: Patience) -> Any:
         files_metadata=True,
         timeout=patience.stall_seconds,
     )
+
+
+def _check_access(address: HubAddress) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi(library_name="rotation-vit").auth_check(address.repository, repo_type="dataset")
 
 
 def _url(repository: str, name: str, commit: str) -> str:
@@ -109,10 +117,15 @@ def _converted(names: Any, address: HubAddress) -> dict[str, str]:
     return {match.group(): match["split"] for match in chosen}
 
 
-def _by_datasets(address: HubAddress, commit: str) -> dict[str, str]:
+def _by_datasets(address: HubAddress, commit: str, names: Collection[str]) -> dict[str, str]:
     """Return the files that `datasets` would read, as the card or their names say."""
     import datasets
+    from huggingface_hub import hf_hub_download
 
+    if "README.md" in names:
+        # Into the Hub's cache: `datasets` takes a card that it cannot fetch for one that is not
+        # there, and would choose files without it.
+        hf_hub_download(address.repository, "README.md", repo_type="dataset", revision=commit)
     try:
         builder = datasets.load_dataset_builder(
             address.repository, name=address.config, revision=commit
@@ -122,8 +135,13 @@ def _by_datasets(address: HubAddress, commit: str) -> dict[str, str]:
         if configs:
             raise _unknown_config(address, configs) from error
         raise _no_tables(address) from error
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, RuntimeError) as error:
-        # Empty, or a script, which `datasets` no longer runs.
+    except FileNotFoundError as error:
+        if any(name.endswith(".parquet") for name in names):
+            raise TryAgainError(
+                f"its files were not found, though they are listed: {error}"
+            ) from error
+        raise _no_tables(address) from error
+    except RuntimeError as error:  # a script, which `datasets` no longer runs
         raise _no_tables(address) from error
     prefix = f"hf://datasets/{address.repository}@{commit}/"
     found = {

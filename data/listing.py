@@ -5,8 +5,9 @@ classes are called. So what a source lacks is known before the gigabytes have co
 """
 
 import logging
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -62,8 +63,7 @@ def _list_tables(spec: str, patience: Patience, stop: Stop) -> Catalogue:
         reason = unsafe_name(file.name)
         if reason:
             raise DatasetError(f"{spec} must have plain names of files, {file.name!r}: {reason}.")
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="footers") as pool:
-        footers = list(pool.map(lambda file: _read_footer(file, patience, stop), files))
+    footers = _read_footers(files, patience, stop)
     files = [
         replace(file, rows=int(footer.num_rows))
         for file, footer in zip(files, footers, strict=True)
@@ -131,6 +131,25 @@ def _short_names(found: Sequence[Found]) -> list[str]:
     while len({"/".join(part[-depth:]) for part in parts}) < len(parts):
         depth += 1
     return ["/".join(part[-depth:]) for part in parts]
+
+
+def _read_footers(files: Sequence[RemoteFile], patience: Patience, stop: Stop) -> list[Any]:
+    """Return the descriptions of all files; the first error ends the reading of the others."""
+    failed = threading.Event()
+
+    def stopped() -> bool:
+        return failed.is_set() or stop()
+
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="footers") as pool:
+        jobs = [pool.submit(_read_footer, file, patience, stopped) for file in files]
+        done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
+        if waiting:
+            failed.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    # What is asked first is not what was stopped because of another one's error.
+    for job in [*done, *(job for job in jobs if job not in done)]:
+        job.result()
+    return [job.result() for job in jobs]
 
 
 def _read_footer(file: RemoteFile, patience: Patience, stop: Stop) -> Any:

@@ -49,6 +49,8 @@ class StandInHub:
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
         self.api_faults: list[Fault] = []
+        self.card_faults: list[Fault] = []
+        """Of requests for the README, HEAD among them."""
         self.requests: list[tuple[str, str, str | None, str | None]] = []
         self.closing = threading.Event()
         hub = self
@@ -56,8 +58,7 @@ class StandInHub:
         class Handler(_Handler):
             standin = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
         )
@@ -78,6 +79,13 @@ class StandInHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that closed its connection, as it may
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -128,6 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.standin.repositories.get(f"{owner}/{name}")
         if repository is None:
             self._status(404, {"X-Error-Code": "RepoNotFound"})
+            return
+        if more[:1] == ["auth-check"]:
+            if not self._refuses(repository):
+                self._json({})
             return
         if more[:1] == ["revision"]:
             revision = "/".join(more[1:])
@@ -188,12 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             self._status(404, {"X-Error-Code": "RepoNotFound"})
             return
-        if repository.gated_for and self.headers.get("Authorization") != (
-            f"Bearer {repository.gated_for}"
-        ):
-            self._status(
-                403 if self.headers.get("Authorization") else 401, {"X-Error-Code": "GatedRepo"}
-            )
+        if self._refuses(repository):
             return
         revision = next(
             (r for r in (*repository.revisions, repository.commit) if rest.startswith(f"{r}/")), ""
@@ -202,6 +209,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.files.get(file)
         if not revision or content is None:
             self._status(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.commit})
+            return
+        if file == "README.md" and (fault := self._next(self.standin.card_faults, head=True)):
+            self._status(fault.after)
             return
         facts = {"X-Repo-Commit": repository.commit}
         if file.endswith(".parquet"):
@@ -212,6 +222,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._status(200, facts)
         else:
             self._content(content, facts)
+
+    def _refuses(self, repository: Repository) -> bool:
+        token = self.headers.get("Authorization")
+        if repository.gated_for is None or token == f"Bearer {repository.gated_for}":
+            return False
+        self._status(403 if token else 401, {"X-Error-Code": "GatedRepo"})
+        return True
 
     def _content(self, content: bytes, facts: dict[str, str] | None = None) -> None:
         etag = f'"{_sha256(content)}"'
@@ -273,8 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._status(fault.after, fault.headers)
         return fault is not None
 
-    def _next(self, faults: list[Fault]) -> Fault | None:
-        if not faults or self.command == "HEAD":
+    def _next(self, faults: list[Fault], *, head: bool = False) -> Fault | None:
+        if not faults or (self.command == "HEAD" and not head):
             return None
         faults[0].times -= 1
         return faults[0] if faults[0].times > 0 else faults.pop(0)

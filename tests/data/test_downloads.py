@@ -221,6 +221,25 @@ def test_terms_that_are_not_accepted_are_said_with_page_and_variable(
     assert get("imagenet-1k", tmp_path).counts == {"train": 2}
 
 
+def test_terms_of_any_other_data_set_are_said_the_same_way(
+    main_branch: StandInHub, tmp_path: Path
+) -> None:
+    main_branch.repositories["a/b"].gated_for = "hf_mine"
+    with pytest.raises(DatasetError, match=r"a/b is given only to those.*there is no token"):
+        get("hub:a/b", tmp_path)
+
+
+def test_the_first_error_of_many_files_ends_the_reading_of_all(
+    hub: StandInHub, parquet: Parquet, tmp_path: Path
+) -> None:
+    content = parquet(range(2))
+    hub.add("a/b", {f"data/train-{n:05d}-of-00060.parquet": content for n in range(60)})
+    hub.faults.append(Fault("status", 403, times=999))
+    with pytest.raises(DatasetError, match="the server answered 403"):
+        get("hub:a/b", tmp_path)
+    assert len(hub.content_requests()) < 30
+
+
 def test_what_is_too_large_to_keep_is_fetched_file_by_file_and_deleted(
     main_branch: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +306,14 @@ def test_a_hub_that_fails_for_a_while_is_waited_for(
     main_branch.faults += [Fault("status", 500), Fault("cut", 9), Fault("flip")]
     get("hub:a/b", tmp_path / "d")
     assert reds("hub:a/b", tmp_path / "d") == list(range(8))
+
+
+def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(
+    main_branch: StandInHub, tmp_path: Path
+) -> None:
+    main_branch.card_faults.append(Fault("status", 503, times=3))
+    get("hub:a/configs:small", tmp_path)
+    assert reds("hub:a/configs:small", tmp_path) == [4, 5]
 
 
 def test_a_list_that_the_files_contradict_is_made_again(

@@ -137,8 +137,11 @@ def test_a_part_of_another_file_is_not_gone_on_with(
     if known == "etag":
         hub.repositories["a/b"].files["f"] = CONTENT[::-1]  # other bytes, the same length
         file = replace(file, checksum=None)
+    hub.requests.clear()
     fetch(file, tmp_path / "f", patience=PATIENCE)
     assert (tmp_path / "f").read_bytes() == hub.repositories["a/b"].files["f"]
+    assert len(hub.requests) == 1, "the server was told which content the part is of"
+    assert (hub.requests[0][2] is None) == (known == "checksum")
 
 
 def test_a_file_that_is_no_longer_the_listed_one_is_refused(
