@@ -183,3 +183,12 @@ def test_of_images_without_labels_pretraining_is_reported(
     assert "Linear probe" not in page
     with pytest.raises(DatasetError, match=r"need labelled images.*Set transfer\.source"):
         preflight.check(settings, outputs)
+
+
+def test_the_same_images_under_another_name_are_not_prepared_again(
+    hub: StandInHub, remote: dict[str, Any], tmp_path: Path, run_stages: RunStages
+) -> None:
+    run_stages(validate(remote), tmp_path, until="prepare_data")
+    other = validate(merge(remote, {"data": {"source": "hub:a/tiny"}}))
+    again = run_stages(other, tmp_path, until="prepare_data")
+    assert statuses(again) == {"download": "computed", "prepare_data": "cached"}
