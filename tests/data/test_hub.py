@@ -111,6 +111,7 @@ def test_terms_of_any_other_data_set_are_said_the_same_way(
     main_branch: StandInHub, tmp_path: Path
 ) -> None:
     main_branch.repositories["a/b"].gated_for = "hf_mine"
+    del main_branch.repositories["a/b"].files["README.md"]
     with pytest.raises(DatasetError, match=r"a/b is given only to those.*there is no token"):
         get("hub:a/b", tmp_path)
 
@@ -127,9 +128,17 @@ def test_a_hub_that_fails_for_a_while_is_waited_for(
 def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(
     main_branch: StandInHub, tmp_path: Path
 ) -> None:
-    main_branch.card_faults.append(Fault("status", 503, times=3))
-    get("hub:a/configs:small", tmp_path)
-    assert reds("hub:a/configs:small", tmp_path) == [4, 5]
+    """Without its card the data set would have test images too."""
+    main_branch.add(
+        "a/card",
+        {
+            **main_branch.repositories["a/b"].files,
+            "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+            b"  - split: train\n    path: data/train-*.parquet\n---\n",
+        },
+    )
+    main_branch.card_faults.append(Fault("status", 503, times=2))
+    assert get("hub:a/card", tmp_path).counts == {"train": 8}
 
 
 def test_a_hub_that_is_down_is_one_clear_error(tmp_path: Path) -> None:
