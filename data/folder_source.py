@@ -8,6 +8,7 @@ for the source's identity.
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ class FolderSource(Source):
     """The source behind `data.source=folder:<path>`.
 
     Classes are the first folders below the root (or below `train/` and `test/`), in alphabetical
-    order. Images that lie in the root itself, or all in one folder, have no labels.
+    order. Images that lie in the root itself, or all in one folder, have no labels. Links are
+    followed within the root only, so that a folder from elsewhere cannot name other people's files.
     """
 
     def __init__(self, path: str) -> None:
@@ -60,9 +62,18 @@ class FolderSource(Source):
         self._root = Path(path).expanduser().resolve()
         if not self._root.is_dir():
             raise DatasetError(f"{self.spec} must name a folder, and there is none.")
+        walk = _Walk(self._root)
         self._files = {
-            split: _list_images(self._root, below) for split, below in self._split_folders().items()
+            split: walk.list_images(below) for split, below in self._split_folders().items()
         }
+        if walk.left_out:
+            _log.warning(
+                "%s: left out %d links that lead out of the folder, such as %s. Copy what they "
+                "lead to, or name that folder itself.",
+                self.spec,
+                len(walk.left_out),
+                walk.left_out[0],
+            )
         for split, files in self._files.items():
             if not files:
                 raise DatasetError(
@@ -127,24 +138,6 @@ class FolderSource(Source):
         return names
 
 
-def _list_images(root: Path, below: str) -> list[_File]:
-    """Return the images under `root/below`, sorted by name; hidden files and folders left out."""
-    top = root / below
-    files = []
-    for where, folders, names in os.walk(top, onerror=_not_listed, followlinks=True):
-        folder = Path(where)
-        folders[:] = [n for n in folders if not n.startswith(".") and not _leads_up(folder / n)]
-        parts = folder.relative_to(top).parts
-        prefix = "/".join([*folder.relative_to(root).parts, ""])
-        for name in names:
-            if name.startswith(".") or Path(name).suffix.lower() not in EXTENSIONS:
-                continue
-            size, mtime_ns = _size_and_time(folder / name)
-            class_name = printable(parts[0]) if parts else None
-            files.append(_File(prefix + name, size, mtime_ns, class_name))
-    return sorted(files, key=lambda file: file.name)
-
-
 def _not_listed(error: OSError) -> None:
     """Stop: without this, `os.walk` would leave out all that is in such a folder."""
     raise DatasetError(
@@ -153,15 +146,58 @@ def _not_listed(error: OSError) -> None:
     ) from error
 
 
-def _leads_up(folder: Path) -> bool:
-    """Tell whether a folder is a link to one above it, which would be walked for ever."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+class _Walk:
+    """Lists images below a root, and remembers which links it did not follow."""
 
+    def __init__(self, root: Path) -> None:
+        self.left_out: list[str] = []
+        self._root = root
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        # A link that leads nowhere: preparation sets it aside and says so.
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+    def list_images(self, below: str) -> list[_File]:
+        """Return the images under `root/below`, sorted by name; hidden ones are left out."""
+        top = self._root / below
+        files: list[_File] = []
+        if below and self._leads_out(top):
+            return files
+        for where, folders, names in os.walk(top, onerror=_not_listed, followlinks=True):
+            folder = Path(where)
+            folders[:] = [name for name in folders if self._may_enter(folder / name)]
+            parts = folder.relative_to(top).parts
+            prefix = "/".join([*folder.relative_to(self._root).parts, ""])
+            for name in names:
+                if name.startswith(".") or Path(name).suffix.lower() not in EXTENSIONS:
+                    continue
+                status = self._status(folder / name)
+                if status is not None:
+                    class_name = printable(parts[0]) if parts else None
+                    files.append(_File(prefix + name, *status, class_name))
+        return sorted(files, key=lambda file: file.name)
+
+    def _may_enter(self, folder: Path) -> bool:
+        if folder.name.startswith("."):
+            return False
+        if not folder.is_symlink():
+            return True
+        # A link to a folder above would be walked for ever.
+        above = folder.parent.resolve().is_relative_to(folder.resolve())
+        return not above and not self._leads_out(folder)
+
+    def _leads_out(self, path: Path) -> bool:
+        """Tell whether a link leads out of the root, and remember it if so."""
+        if not path.is_symlink() or path.resolve().is_relative_to(self._root):
+            return False
+        self.left_out.append(path.relative_to(self._root).as_posix())
+        return True
+
+    def _status(self, path: Path) -> tuple[int, int] | None:
+        """Return size in bytes and time of an image; None if it is none of this folder's."""
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            if self._leads_out(path):
+                return None
+            try:
+                status = path.stat()
+            except OSError:
+                # A link that leads nowhere: preparation sets it aside and says so.
+                return 0, 0
+        return status.st_size, status.st_mtime_ns

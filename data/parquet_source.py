@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,24 @@ class ParquetSource(Source):
         paths = sorted(path for path in paths if path.is_file())
         if not paths:
             raise DatasetError(f"{self.spec} must match Parquet files; none match.")
-        self._files = self._divide(paths)
+        divided = divide(self.spec, [path.name for path in paths])
+        self._files = {
+            split: [paths[number] for number in numbers] for split, numbers in divided.items()
+        }
         self._rows = {
             split: [_count_rows(path) for path in files] for split, files in self._files.items()
         }
         self.counts = {split: sum(rows) for split, rows in self._rows.items()}
         features = self._features()
-        self._image = self._find_image(features)
-        self._label = next((name for name in LABEL_COLUMNS if name in features), None)
-        self._values, self.class_names = self._classes(features)
+        self._image = image_column(self.spec, features)
+        self._label = label_column(features)
+        names = class_names(features, self._label)
+        values: Sequence[Any] = range(len(names or ()))
+        if self._label is not None and names is None:
+            values = values_in(self._files["train"], self._label)
+            names = [str(value) for value in values]
+        self.class_names = names
+        self._values = {value: number for number, value in enumerate(values)}
 
     def identity(self) -> dict[str, Any]:
         """Return names, sizes in bytes and times of the files."""
@@ -56,54 +65,20 @@ class ParquetSource(Source):
 
     def records(self, split: Split, start: int = 0) -> Iterator[Record]:
         """Yield the images of `split` in the order of the files and of the rows in them."""
-        # Slow to import, and a source that is never read (its result is cached) needs none of it.
-        import datasets
-        import pyarrow
-
-        number = start
+        first = 0
         for path, rows in zip(self._files[split], self._rows[split], strict=True):
-            if start >= rows:  # whole files are passed over without reading them
-                start -= rows
-                continue
-            table = datasets.load_dataset(
-                "parquet", data_files=glob.escape(str(path)), split="train", streaming=True
-            ).cast_column(self._image, datasets.Image(decode=False))
-            try:
-                for row in table.skip(start):
-                    yield self._record(row, split, number)
-                    number += 1
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DatasetError(
-                    f"{path} must be a whole Parquet file, reading it failed after image "
-                    f"{number} of {split}: {error}. Fetch the file again."
-                ) from error
-            start = 0
-
-    def _record(self, row: dict[str, Any], split: Split, number: int) -> Record:
-        image = row[self._image] or {}
-        name = f"{split}/{number}"
-        if image.get("path"):
-            name = f"{name} {image['path']}"
-        label = None if self._label is None else self._values.get(row[self._label])
-        # An empty cell becomes an empty file, which preparation sets aside with its name.
-        return Record(name, image.get("bytes") or b"", label)
-
-    def _divide(self, paths: list[Path]) -> dict[Split, list[Path]]:
-        words = [re.match(r"[a-z]+(?=[-_.])", path.name) for path in paths]
-        splits = {word.group() if word else "" for word in words}
-        if "train" not in splits or not splits <= set(SPLIT_NAMES):
-            return {"train": paths}
-        tests = sorted(splits - {"train"})
-        if len(tests) > 1:
-            raise DatasetError(
-                f"{self.spec} must match files of one test split, matches those of "
-                f"{' and '.join(tests)}. Give source the pattern of the training files and "
-                "test_source that of the test files."
-            )
-        files: dict[Split, list[Path]] = {}
-        for path, word in zip(paths, words, strict=True):
-            files.setdefault(SPLIT_NAMES[word.group() if word else ""], []).append(path)
-        return files
+            skipped = min(rows, max(0, start - first))
+            if skipped < rows:  # whole files are passed over without reading them
+                yield from read_rows(
+                    path,
+                    split,
+                    first + skipped,
+                    skip=skipped,
+                    image=self._image,
+                    label=self._label,
+                    values=self._values,
+                )
+            first += rows
 
     def _features(self) -> Any:
         """Return the columns, which the first file of each split must agree on."""
@@ -120,30 +95,125 @@ class ParquetSource(Source):
             )
         return found[0]
 
-    def _find_image(self, features: Any) -> str:
-        for name in IMAGE_COLUMNS:
-            if name in features:
-                return name
+
+def divide(spec: str, names: Sequence[str]) -> dict[Split, list[int]]:
+    """Divide files into splits by how their names begin.
+
+    Args:
+        spec: What the user wrote, for messages.
+        names: Of the files, without folders.
+
+    Returns:
+        Numbers of the files of each split.
+
+    Raises:
+        DatasetError: If there are files of two test splits.
+    """
+    words = [re.match(r"[a-z]+(?=[-_.])", name) for name in names]
+    splits = {word.group() if word else "" for word in words}
+    if "train" not in splits or not splits <= set(SPLIT_NAMES):
+        return {"train": list(range(len(names)))}
+    tests = sorted(splits - {"train"})
+    if len(tests) > 1:
         raise DatasetError(
-            f"{self.spec} must have a column {' or '.join(IMAGE_COLUMNS)}, has "
-            f"{', '.join(features)}. Rename the column that holds the images."
+            f"{spec} must match files of one test split, matches those of "
+            f"{' and '.join(tests)}. Give source the pattern of the training files and "
+            "test_source that of the test files."
         )
+    files: dict[Split, list[int]] = {}
+    for number, word in enumerate(words):
+        files.setdefault(SPLIT_NAMES[word.group() if word else ""], []).append(number)
+    return files
 
-    def _classes(self, features: Any) -> tuple[dict[Any, int], list[str] | None]:
-        """Return the label of each value in the label column, and the names in that order."""
-        import datasets
-        import pyarrow.dataset
 
-        if self._label is None:
-            return {}, None
-        feature = features[self._label]
-        if isinstance(feature, datasets.ClassLabel):
-            return {value: value for value in range(feature.num_classes)}, list(feature.names)
-        # Plain numbers or words: the classes are the values that occur.
-        column = pyarrow.dataset.dataset([str(path) for path in self._files["train"]])
-        values = column.to_table(columns=[self._label])[self._label].unique().to_pylist()
-        ordered = sorted(value for value in values if value is not None)
-        return {value: k for k, value in enumerate(ordered)}, [str(value) for value in ordered]
+def image_column(spec: str, features: Any) -> str:
+    """Return the column that holds the images.
+
+    Raises:
+        DatasetError: If there is none of a known name, and not one that says that it holds images.
+    """
+    import datasets
+
+    for name in IMAGE_COLUMNS:
+        if name in features:
+            return name
+    declared = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    if len(declared) == 1:
+        return str(declared[0])
+    raise DatasetError(
+        f"{spec} must have a column {' or '.join(IMAGE_COLUMNS)}, has "
+        f"{', '.join(features)}. Rename the column that holds the images."
+    )
+
+
+def label_column(features: Any) -> str | None:
+    """Return the column that holds the class; None if the images have no labels."""
+    return next((name for name in LABEL_COLUMNS if name in features), None)
+
+
+def class_names(features: Any, label: str | None) -> list[str] | None:
+    """Return the names of the classes where the files declare them, else None."""
+    import datasets
+
+    kind = None if label is None else features[label]
+    return list(kind.names) if isinstance(kind, datasets.ClassLabel) else None
+
+
+def values_in(paths: Sequence[Path], label: str) -> list[Any]:
+    """Return the values that occur in a column of plain numbers or words, in their order."""
+    import pyarrow.dataset
+
+    column = pyarrow.dataset.dataset([str(path) for path in paths])
+    values = column.to_table(columns=[label])[label].unique().to_pylist()
+    return sorted(value for value in values if value is not None)
+
+
+def read_rows(
+    path: Path,
+    split: Split,
+    number: int,
+    *,
+    skip: int,
+    image: str,
+    label: str | None,
+    values: Mapping[Any, int],
+) -> Iterator[Record]:
+    """Yield the images of one file.
+
+    Args:
+        path: The file.
+        split: Goes into the images' names.
+        number: Number of the first image within its split.
+        skip: Rows before it.
+        image: Column of the images.
+        label: Column of the labels.
+        values: The label of each value in that column.
+
+    Raises:
+        DatasetError: If the file is damaged.
+    """
+    # Slow to import, and a source that is never read (its result is cached) needs none of it.
+    import datasets
+    import pyarrow
+
+    table = datasets.load_dataset(
+        "parquet", data_files=glob.escape(str(path)), split="train", streaming=True
+    ).cast_column(image, datasets.Image(decode=False))
+    try:
+        for row in table.skip(skip):
+            picture = row[image] or {}
+            name = f"{split}/{number}"
+            if picture.get("path"):
+                name = f"{name} {picture['path']}"
+            # An empty cell becomes an empty file, which preparation sets aside with its name.
+            content = picture.get("bytes") or b""
+            yield Record(name, content, None if label is None else values.get(row[label]))
+            number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatasetError(
+            f"{path} must be a whole Parquet file, reading it failed after image "
+            f"{number} of {split}: {error}. Fetch the file again."
+        ) from error
 
 
 def _count_rows(path: Path) -> int:

@@ -1,60 +1,157 @@
-"""From what the user wrote in `data.source` to a source of images."""
+"""From what the user wrote in `data.source` to a source of images.
+
+A package of yours adds a source of its own by an entry point: see `REGISTERED`.
+"""
 
 import difflib
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from data import catalogue
+from data.downloaded_source import DownloadedSource, Scratch
 from data.drawn import DrawnSource
 from data.folder_source import FolderSource
 from data.parquet_source import ParquetSource
 from data.records import DatasetError, Record, Source, Split
+from data.specs import KNOWN, check_remote, is_remote
 
 __all__ = ["DatasetError", "Record", "Source", "Split", "open_source"]
 
-DOWNLOADS = ("imagenette", "imagenet-1k", "cifar10")
-"""Data sets known by name that have to be fetched first."""
+REGISTERED = "rotation_vit.sources"
+"""Group of entry points that add sources. The name of one is what stands before the colon in
+`data.source`; it refers to a subclass of `Source`, or to a function that returns one, which is
+called with what stands behind the colon. What an environment has installed is found in every
+process of a run, and a setting alone can import nothing."""
 
 _KINDS = ["folder", "parquet", "hub"]
-_FORMS = ("drawn10", *DOWNLOADS, "hub:<owner>/<name>", "folder:<path>", "parquet:<glob>")
+_FORMS = ("drawn10", *KNOWN, "hub:<owner>/<name>", "folder:<path>", "parquet:<glob>")
 
 
-def open_source(spec: str, test_spec: str | None = None) -> Source:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a source before it is there."""
+
+    spec: str
+    """What the user wrote."""
+    counts: Mapping[Split, int]
+    """Images per split, as `Source.counts`."""
+    num_classes: int | None
+    """Number of classes; None if the images have no labels."""
+
+
+def open_source(
+    spec: str,
+    test_spec: str | None = None,
+    *,
+    downloads: Path | None = None,
+    scratch: Scratch | None = None,
+) -> Source:
     """Find the images that a setting names; nothing is decoded yet.
 
     Args:
         spec: Value of `data.source` or `transfer.source`.
         test_spec: Where the test images come from, if not from `spec` itself: the test part of
             that source, or all of it if it is not divided.
+        downloads: Directory of the download of those of the two that are remote.
+        scratch: For what is too large to be kept; only needed to read images.
 
     Returns:
         The source. It has a "test" split if `test_spec` is given or `spec` brings one.
 
     Raises:
-        DatasetError: If the setting is misspelt, names nothing that exists, cannot be had by this
-            version, or if the classes of the test images are not those of the training images.
+        DatasetError: If the setting is misspelt, names nothing that exists or was not downloaded,
+            or if the classes of the test images are not those of the training images.
     """
-    source = _open(spec)
-    return source if test_spec is None else _WithTest(source, _open(test_spec))
+    source = _open(spec, downloads, scratch)
+    return source if test_spec is None else _WithTest(source, _open(test_spec, downloads, scratch))
 
 
-def _open(spec: str) -> Source:
+def outline(
+    spec: str, test_spec: str | None = None, *, downloads: Path | None = None
+) -> Outline | None:
+    """Say what a source holds, without the network.
+
+    Args:
+        spec: As for `open_source`.
+        test_spec: As for `open_source`.
+        downloads: As for `open_source`; None if nothing was downloaded yet.
+
+    Returns:
+        What is known; None if only the download will tell.
+
+    Raises:
+        DatasetError: As `open_source`, as far as it can be known.
+    """
+    specs = [each for each in (spec, test_spec) if each is not None]
+    if downloads is not None or not any(map(is_remote, specs)):
+        return _outline_of(open_source(spec, test_spec, downloads=downloads))
+    parts = [_published(each) if is_remote(each) else _outline_of(_open(each)) for each in specs]
+    train, test = parts[0], parts[-1]
+    if train is None or test is None:
+        return None
+    if test_spec is None:
+        return train
+    tests = test.counts.get("test", test.counts["train"])
+    return replace(train, counts={"train": train.counts["train"], "test": tests})
+
+
+def _published(spec: str) -> Outline | None:
+    check_remote(spec)
+    known = KNOWN.get(spec)
+    return None if known is None else Outline(spec, known.counts, known.num_classes)
+
+
+def _outline_of(source: Source) -> Outline:
+    names = source.class_names
+    return Outline(source.spec, source.counts, None if names is None else len(names))
+
+
+def _open(spec: str, downloads: Path | None = None, scratch: Scratch | None = None) -> Source:
     kind, _, location = spec.partition(":")
     if spec == DrawnSource.spec:
         return DrawnSource()
+    if is_remote(spec):
+        return _open_downloaded(spec, downloads, scratch)
     if kind == "folder" and location:
         return FolderSource(location)
     if kind == "parquet" and location:
         return ParquetSource(location)
-    if spec in DOWNLOADS or (kind == "hub" and location):
-        raise DatasetError(
-            f"A source must be on this computer for now; this version cannot download {spec!r} "
-            "yet. Download it yourself and use parquet:<glob> or folder:<path>."
-        )
+    for entry in metadata.entry_points(group=REGISTERED, name=kind):
+        return _open_registered(entry, location)
     raise DatasetError(
         f"A source must be one of {', '.join(_FORMS)}, got {spec!r}.{_suggestion(spec)}"
     )
+
+
+def _open_downloaded(spec: str, downloads: Path | None, scratch: Scratch | None) -> Source:
+    check_remote(spec)
+    found = [] if downloads is None else catalogue.read(downloads)
+    for each in found:
+        if each.spec == spec and downloads is not None:
+            return DownloadedSource(each, downloads, scratch)
+    raise DatasetError(
+        f"{spec} must be downloaded before it is read, it is not. Run `rotvit download` with the "
+        "same settings; every command that needs the images does so by itself."
+    )
+
+
+def _open_registered(entry: metadata.EntryPoint, location: str) -> Source:
+    try:
+        made = entry.load()(location)
+    except (ImportError, AttributeError) as error:
+        raise DatasetError(
+            f"The source {entry.name!r} must be importable as {entry.value}, it is not: {error}. "
+            "Install its package anew."
+        ) from error
+    if not isinstance(made, Source):
+        raise DatasetError(
+            f"{entry.value} must return a data.records.Source, it returned {type(made).__name__}."
+        )
+    return made
 
 
 def _suggestion(spec: str) -> str:
@@ -63,7 +160,7 @@ def _suggestion(spec: str) -> str:
         near = [f"{name}:{location or '...'}" for name in _near(kind, _KINDS)]
     else:
         # Separators are what people get wrong: imagenet1k, cifar-10, drawn_10.
-        plain = {re.sub(r"[-_ ]", "", name): name for name in ("drawn10", *DOWNLOADS)}
+        plain = {re.sub(r"[-_ ]", "", name): name for name in ("drawn10", *KNOWN)}
         plain |= {kind: f"{kind}:..." for kind in _KINDS}
         near = [plain[name] for name in _near(re.sub(r"[-_ ]", "", spec).lower(), list(plain))]
     return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -159,7 +159,7 @@ def _title(stage: str) -> str:
 
 
 for _stage in STAGES.values():
-    if _stage.name != "prepare_transfer_data":  # part of the stages that need it
+    if not _stage.directory:  # the others, for labelled images, are part of what needs them
         _add_stage_command(_stage)
 
 

@@ -97,10 +97,11 @@ def closing_paths(results: Mapping[str, Any], outputs: Path) -> Iterator[tuple[s
     """Yield what to open after a run: a word and a path."""
     run = outputs / "runs" / results["run"]
     yield "results", run / "results.json"
-    if "report" in results["stages"]:
-        copy = run / "report" / "index.html"
-        original = Path(results["stages"]["report"]["directory"]) / "index.html"
-        yield "report", copy if copy.is_file() else original
+    copy = run / "report" / "index.html"
+    if copy.is_file():  # also after a run that ended before the report stage
+        yield "report", copy
+    elif "report" in results["stages"]:
+        yield "report", Path(results["stages"]["report"]["directory"]) / "index.html"
 
 
 class _BarPerStage:

@@ -1,4 +1,4 @@
-"""The flow: prepare, pretrain, probe, fine-tune, compare, analyse, report."""
+"""The flow: download, prepare, pretrain, probe, fine-tune, compare, analyse, report."""
 
 import logging
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from flows.hooks import close_orphans, close_own_orphans, note_end, tidy_up_afte
 from flows.parameters import RunParameters, StageName, run_name
 from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
+from tasks.download import download
 from tasks.feature_analysis import feature_analysis
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
@@ -29,6 +30,8 @@ from training.tracking import wandb_mode
 logger = logging.getLogger("training.flow")
 
 TASKS: dict[str, StageTask] = {
+    "download": download,
+    "download_transfer": download.with_options(name="download-transfer"),
     "prepare_data": prepare_data,
     "prepare_transfer_data": prepare_data.with_options(name="prepare-transfer-data"),
     "pretrain": pretrain,
@@ -125,6 +128,8 @@ def run_stages(
             if stage.name in again:
                 store.refresh(request, str(flow_run.id))
             record.add(deliver(TASKS[stage.name], request))
+            if stage.name.startswith("download"):  # now it is known what the images are
+                preflight.check(settings, outputs, until)
             publish(record.results(), stage.name, record.directory)
     except BaseException:
         with suppress(OSError):  # a full disk must not hide what has ended the run

@@ -14,8 +14,10 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
 # Once Prefect is imported, our log lines outside a flow are warned about otherwise.
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
-for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN"):
+for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # a token may lie in the user's own
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
 os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see training/hardware.py
 
@@ -23,6 +25,7 @@ import pytest
 import torch
 
 from data.drawn import draw, label_of
+from tests.data.standin_hub import StandInHub, standin_hub
 from training import store
 from training.runner import run_stage
 from training.settings import Settings, validate
@@ -109,6 +112,22 @@ class StopAfter(StopRequest):
 def stop_after() -> type[StopAfter]:
     """A request to stop that comes when it has been asked for so many times."""
     return StopAfter
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A stand-in for the Hub that this process and its children take for the real one."""
+    import datasets.config
+    from huggingface_hub import constants, hf_file_system
+
+    with standin_hub() as found:
+        template = found.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setenv("HF_ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", found.url)
+        hf_file_system.HfFileSystem.clear_instance_cache()
+        yield found
 
 
 RunStages = Callable[..., dict[str, StageResult]]

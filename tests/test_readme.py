@@ -5,10 +5,13 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from data.records import Source
+from data.sources import REGISTERED
 from training.presets import PRESETS
 from training.settings import setting_names
 from training.stages import STAGES
@@ -89,3 +92,14 @@ def test_the_table_is_that_of_the_recorded_run(row: str, stage: str, score: str)
     cells = re.findall(r"^\| ([^|]+) \| \**([\d.]+)\** \|", README, flags=re.MULTILINE)
     shown = {re.split(r":| \(|, same", label)[0]: number for label, number in cells}
     assert shown[row] == f"{RESULTS[stage][score]:.3f}"
+
+
+def test_the_source_of_ones_own_works() -> None:
+    found = re.search(r"```python\n(# my_images\.py\n.*?)```", README, flags=re.DOTALL)
+    assert found
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    source = names["Numbered"]("5")
+    assert isinstance(source, Source)
+    assert [record.label for record in source.records("train", start=1)] == [1, 0, 1, 0]
+    assert f'"{REGISTERED}"' in README

@@ -3,10 +3,11 @@
 import os
 from pathlib import Path
 
-from data.records import DatasetError, Source
-from data.sources import open_source
+from data.records import DatasetError
+from data.sources import Outline, outline
+from training import store
 from training.settings import Settings
-from training.stages import plan, transfer_data
+from training.stages import STAGES, plan, transfer_data
 from training.store import OutputsError, data_source
 from training.tracking import wandb_mode
 
@@ -16,6 +17,9 @@ TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "
 
 def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
     """Raise for whatever would make a stage of the plan fail on its inputs.
+
+    Uses no network: of a data set that is not downloaded yet, what is published is held against
+    the settings, or nothing. Call it again when a download is done.
 
     Raises:
         ConfigError: If `until` names no stage, or W&B is to be online without a key.
@@ -27,7 +31,7 @@ def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
     wandb_mode(settings.tracking)
     for name in stages:
         if name.startswith("prepare"):
-            _check_source(name, settings, stages)
+            _check_source(name, settings, stages, outputs)
 
 
 def check_outputs(outputs: Path) -> None:
@@ -48,8 +52,11 @@ def check_outputs(outputs: Path) -> None:
         ) from error
 
 
-def _check_source(name: str, settings: Settings, stages: list[str]) -> None:
-    source = open_source(*data_source(name, settings))
+def _check_source(name: str, settings: Settings, stages: list[str], outputs: Path) -> None:
+    downloads = _downloads(name, settings, outputs)
+    source = outline(*data_source(name, settings), downloads=downloads)
+    if source is None:
+        return
     images = _training_images(source, settings)
     if name == "prepare_data" and "pretrain" in stages:
         _check_batch("pretrain", settings.pretrain.batch_size, images)
@@ -61,7 +68,15 @@ def _check_source(name: str, settings: Settings, stages: list[str]) -> None:
             _check_batch("from_scratch", settings.from_scratch.batch_size, labels)
 
 
-def _training_images(source: Source, settings: Settings) -> int:
+def _downloads(name: str, settings: Settings, outputs: Path) -> Path | None:
+    """Return the directory of the finished download that a preparing stage reads."""
+    for needed in STAGES[name].needs(settings).values():
+        verdict = store.inspect(store.make_request(STAGES[needed], settings, outputs, {}))
+        return verdict.result.directory if verdict.result else None
+    return None
+
+
+def _training_images(source: Outline, settings: Settings) -> int:
     """Return how many images are left for training once val and test are held out."""
     images = source.counts["train"]
     if "test" not in source.counts:
@@ -69,9 +84,9 @@ def _training_images(source: Source, settings: Settings) -> int:
     return int(images * (1 - settings.data.val_fraction))
 
 
-def _labels(source: Source, images: int, settings: Settings) -> int:
+def _labels(source: Outline, images: int, settings: Settings) -> int:
     """Return how many labelled images the transfer stages train on."""
-    if source.class_names is None:
+    if source.num_classes is None:
         raise DatasetError(
             f"The transfer stages need labelled images, {source.spec} has no labels. Set "
             "transfer.source to a source with one folder per class, or run `rotvit pretrain`, "
@@ -80,9 +95,9 @@ def _labels(source: Source, images: int, settings: Settings) -> int:
     labels = settings.transfer.labels
     if labels is None:
         return images
-    if not len(source.class_names) <= labels <= images:
+    if not source.num_classes <= labels <= images:
         raise DatasetError(
-            f"transfer.labels must be from {len(source.class_names)} (one image of each class) to "
+            f"transfer.labels must be from {source.num_classes} (one image of each class) to "
             f"{images} (all training images of {source.spec} once val and test are held out), got "
             f"{labels}."
         )

@@ -3,7 +3,9 @@
 import logging
 from pathlib import Path
 
+from data.downloaded_source import Scratch
 from data.duplicates import has_copy
+from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData
 from data.sources import open_source
@@ -19,6 +21,12 @@ def compute(context: StageContext) -> StageOutcome:
     """Prepare the images of a source; finished shards of an earlier attempt are kept."""
     settings = context.settings
     source, test_source = data_source(context.request.stage, settings)
+    downloads = context.input("download") if "download" in context.request.inputs else None
+    scratch = Scratch(
+        directory=context.directory / "fetched",
+        patience=Patience(),
+        stop=lambda: bool(context.stop),
+    )
 
     def report(done: int, total: int) -> None:
         context.progress(done, total, "images")
@@ -29,7 +37,7 @@ def compute(context: StageContext) -> StageOutcome:
             )
 
     manifest = prepare(
-        open_source(source, test_source),
+        open_source(source, test_source, downloads=downloads, scratch=scratch),
         context.directory,
         side=settings.prepared_size,
         report=report,
@@ -37,6 +45,7 @@ def compute(context: StageContext) -> StageOutcome:
         max_skipped=settings.data.max_skipped,
         pixel_format=settings.data.format,
     )
+    scratch.remove()
     copies = count_copies(context.directory)
     if copies:
         _log.warning(

@@ -23,6 +23,8 @@ PAGE = "index.html"
 """Name of the page, below the stage's directory."""
 
 TITLES = {
+    "download": "Download",
+    "download_transfer": "Download for transfer",
     "prepare_data": "Prepare data",
     "prepare_transfer_data": "Prepare transfer data",
     "pretrain": "Pretrain",

@@ -92,8 +92,21 @@ class RunRecord:
                 (stage.environment for stage in self.stages.values() if stage.environment), {}
             ),
         }
+        if state == "finished":
+            self._write_page_of_what_there_is()
         _write_json(self.directory / "run.json", facts)
         _write_json(self.directory / "results.json", self._results_and_earlier())
+
+    def _write_page_of_what_there_is(self) -> None:
+        """Report a run that ended before the report stage, such as one without labels."""
+        path = self.directory / "report" / "index.html"
+        stages = self._results_and_earlier()["stages"]
+        is_new = any(result.status != "cached" for result in self.stages.values())
+        if "pretrain" not in self.stages or "report" in stages or (path.exists() and not is_new):
+            return
+        from training.report import render  # its figures take a second to import
+
+        write_atomically(path, render(self.stages, self.settings).encode())
 
     def _read_earlier(self) -> dict[str, Any]:
         """Return the rows of an earlier run with these settings: one that went further counts."""

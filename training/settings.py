@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data.specs import is_remote
 from training.presets import PRESETS
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -81,8 +82,9 @@ class DataSettings(Section):
     """Which images to pretrain on and how they are prepared."""
 
     source: str = "imagenet-1k"
-    """Where images come from: drawn10, imagenette, imagenet-1k, cifar10, hub:<owner>/<name>,
-    folder:<path> or parquet:<glob>."""
+    """Where images come from: drawn10, imagenette, imagenet-1k, cifar10,
+    hub:<owner>/<name>[@revision][:config], folder:<path>, parquet:<glob or address>, or a source
+    that a package of yours registers."""
     test_source: str | None = None
     """Source of the test split; by default the source's own, or `test_fraction` of its images."""
     crop_margin: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -303,6 +305,13 @@ class Settings(Section):
     def transfer_is_pretrain_data(self) -> bool:
         """Whether pretraining and transfer read the same prepared images."""
         return self.transfer_source == (self.data.source, self.data.test_source)
+
+    def remote_sources(self, data: Literal["pretrain", "transfer"]) -> list[str]:
+        """Return those of the sources of these images that must be downloaded first."""
+        own = (self.data.source, self.data.test_source)
+        specs = own if data == "pretrain" else self.transfer_source
+        found = [spec for spec in specs if spec is not None and is_remote(spec)]
+        return list(dict.fromkeys(found))
 
     @property
     def transfer_source(self) -> tuple[str, str | None]:

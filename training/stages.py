@@ -6,7 +6,7 @@ milliseconds. What a stage computes is in the module of its name.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # pydantic takes longer to import than `rotvit --help` may take
     from training.settings import Settings
@@ -59,6 +59,17 @@ def _needs_pretrain(settings: "Settings") -> dict[str, str]:
     return needs
 
 
+def _needs_download(
+    stage: str, data: Literal["pretrain", "transfer"]
+) -> Callable[["Settings"], Mapping[str, str]]:
+    """Return what a preparing stage needs: a download, if its images are not here already."""
+
+    def needs(settings: "Settings") -> dict[str, str]:
+        return {"download": stage} if settings.remote_sources(data) else {}
+
+    return needs
+
+
 def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
     previous = settings.finetune.start_from == "previous"
     return {
@@ -71,22 +82,40 @@ def _needs_report(settings: "Settings") -> dict[str, str]:
     names = [name for name in STAGES if name != "report"]
     if settings.transfer_is_pretrain_data:
         names.remove("prepare_transfer_data")
-    return {name: name for name in names}
+    data = [name for name in names if name.startswith("prepare")]
+    downloads = {stage for name in data for stage in STAGES[name].needs(settings).values()}
+    return {name: name for name in names if not name.startswith("download") or name in downloads}
 
 
 _ALL = (
     Stage(
+        name="download",
+        summary="Download the images to pretrain on, where they are not here already.",
+        reads=(),  # only the names of the sources: see store.make_request
+        needs=lambda settings: {},
+        in_child=True,
+    ),
+    Stage(
+        name="download_transfer",
+        summary="The same for the labelled images, where they come from elsewhere.",
+        reads=(),
+        needs=lambda settings: {},
+        in_child=True,
+        module="download",
+        directory="download",
+    ),
+    Stage(
         name="prepare_data",
         summary="Decode, crop and store the images to pretrain on.",
         reads=(),  # what it depends on is the content of the sources: see store.make_request
-        needs=lambda settings: {},
+        needs=_needs_download("download", "pretrain"),
         in_child=True,
     ),
     Stage(
         name="prepare_transfer_data",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
-        needs=lambda settings: {},
+        needs=_needs_download("download_transfer", "transfer"),
         in_child=True,
         module="prepare_data",
         directory="prepare_data",

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
-from data import prepared, sources
+from data import catalogue, prepared, sources
 from training.lock import locked
 from training.settings import Settings, flatten
 from training.stages import STAGES, Stage
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+
+TRANSFER_DATA = ("download_transfer", "prepare_transfer_data")
+"""Stages for labelled images that come from elsewhere."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a file cannot grow: no space, a quota, a limit of the process."""
@@ -133,11 +136,13 @@ def make_request(
     }
     reads = _values_read(stage, settings)
     if (stage.module or stage.name) == "prepare_data":
-        source, test_source = data_source(stage.name, settings)
-        identity = sources.open_source(source, test_source).identity()
-        reads = {"source": digest_of(identity), "side": settings.prepared_size}
+        downloads = inputs["download"].directory if "download" in inputs else None
+        source = sources.open_source(*data_source(stage.name, settings), downloads=downloads)
+        reads = {"source": digest_of(source.identity()), "side": settings.prepared_size}
         if settings.data.format != "raw":  # the only one once: keys of that time stay valid
             reads["format"] = settings.data.format
+    elif (stage.module or stage.name) == "download":
+        reads = {"sources": remote_sources(stage.name, settings)}
     key = digest_of(
         {
             "stage": stage.directory or stage.name,
@@ -159,10 +164,15 @@ def make_request(
 
 
 def data_source(stage_name: str, settings: Settings) -> tuple[str, str | None]:
-    """Return source and test source that a preparing stage reads."""
-    if stage_name == "prepare_transfer_data":
+    """Return source and test source that a downloading or preparing stage reads."""
+    if stage_name in TRANSFER_DATA:
         return settings.transfer_source
     return settings.data.source, settings.data.test_source
+
+
+def remote_sources(stage_name: str, settings: Settings) -> list[str]:
+    """Return the sources that a downloading stage fetches."""
+    return settings.remote_sources("transfer" if stage_name in TRANSFER_DATA else "pretrain")
 
 
 def inspect(request: StageRequest) -> Verdict:
@@ -394,8 +404,8 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
 def _clear(request: StageRequest, verdict: Verdict) -> None:
     directory = request.directory
     logger.warning("%s is computed again: %s.", request.stage, verdict.why)
-    if request.stage.startswith("prepare"):
-        (directory / "result.json").unlink(missing_ok=True)  # sound shards are kept
+    if request.stage.startswith(("download", "prepare")):
+        (directory / "result.json").unlink(missing_ok=True)  # sound files and shards are kept
         return
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
     kept = {"hardware.json"}
@@ -412,7 +422,7 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
 def _identity(item: StageInput) -> str:
     # Images are the same when their pixels are, wherever they came from; a backbone's bytes may
     # differ between machines, so its key stands for it and its digest is checked besides.
-    return item.digest if item.stage.startswith("prepare") else item.key
+    return item.digest if item.stage.startswith(("download", "prepare")) else item.key
 
 
 def _replaced_input(request: StageRequest) -> str:
@@ -440,6 +450,8 @@ def _first_problem(directory: Path, result: StageResult) -> str:
             return f"{name} is damaged: its sha256 is not the recorded one"
     if (directory / "manifest.json").is_file():  # prepared images: too large to hash every time
         return prepared.verify(directory, full=False) or ""
+    if (directory / catalogue.FILE_NAME).is_file():
+        return catalogue.verify(directory) or ""
     return ""
 
 

@@ -55,6 +55,9 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
         name: The stage's.
         row: Its scores, by the names in `results.json`.
     """
+    if name.startswith("download"):
+        counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
+        return f"{counts} images, {_bytes(row['bytes'])}" if counts else "nothing to download"
     if name.startswith("prepare"):
         counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
         skipped = row.get("skipped", 0)
@@ -67,6 +70,11 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
     if "random_backbone_top1" in row:
         return f"top-1 {row['top1']:.2f} (random backbone {row['random_backbone_top1']:.2f})"
     return f"top-1 {row['top1']:.2f}" if "top1" in row else ""
+
+
+def _bytes(number: int) -> str:
+    unit, size = ("MB", 10**6) if number >= 10**7 else ("kB", 10**3)
+    return f"{number / size:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:

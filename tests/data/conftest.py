@@ -12,6 +12,8 @@ from PIL import Image
 from data.prepare import prepare
 from data.prepared import PreparedData
 from data.records import Record, Source, Split
+from tests.data.standin_data import parquet
+from tests.data.standin_hub import StandInHub
 
 MakeSource = Callable[..., Source]
 MakePrepared = Callable[..., PreparedData]
@@ -93,3 +95,28 @@ def make_prepared(tmp_path: Path) -> MakePrepared:
         return PreparedData.open(directory)
 
     return make
+
+
+@pytest.fixture
+def main_branch(hub: StandInHub) -> StandInHub:
+    """`a/b` with two training files and a test file, and `a/configs` with a card."""
+    files = {
+        "data/train-00000-of-00002.parquet": parquet(range(5)),
+        "data/train-00001-of-00002.parquet": parquet(range(5, 8)),
+        "data/test-00000-of-00001.parquet": parquet(range(8, 10)),
+    }
+    hub.add("a/b", {"README.md": b"---\n---\n", **files}, revisions=("main", "v1"))
+    card = (
+        "---\nconfigs:\n- config_name: big\n  data_files:\n  - split: train\n"
+        "    path: big/*.parquet\n- config_name: small\n  data_files:\n  - split: train\n"
+        "    path: small/*.parquet\n---\n"
+    )
+    hub.add(
+        "a/configs",
+        {
+            "README.md": card.encode(),
+            "big/x.parquet": parquet(range(4)),
+            "small/x.parquet": parquet(range(4, 6)),
+        },
+    )
+    return hub

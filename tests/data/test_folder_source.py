@@ -157,3 +157,37 @@ def test_a_link_that_leads_nowhere_does_not_stop_the_listing(make: Make, root: P
     (root / "2.png").symlink_to(root / "gone.png")
     source = FolderSource(str(root))
     assert source.counts == {"train": 2}, "preparation will set it aside with its name"
+
+
+def test_a_link_that_leads_out_of_the_folder_is_left_out_with_one_warning(
+    make: Make, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make("cat/1.png", "dog/2.png")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.copy(root / "cat" / "1.png", outside / "secret.png")
+    (root / "cat" / "3.png").symlink_to(outside / "secret.png")
+    (root / "cat" / "4.png").symlink_to("../../outside/secret.png")
+    (root / "elk").symlink_to(outside)
+    (root / "dog" / "5.png").symlink_to(root / "cat" / "1.png")
+    source = FolderSource(str(root))
+    assert [r.name for r in source.records("train")] == ["cat/1.png", "dog/2.png", "dog/5.png"]
+    assert source.class_names == ["cat", "dog"]
+    assert caplog.text.count("left out 3 links that lead out of the folder") == 1
+
+
+def test_a_split_that_is_a_link_out_of_the_folder_is_not_followed(
+    make: Make, root: Path, tmp_path: Path
+) -> None:
+    make("train/1.png")
+    (tmp_path / "outside").mkdir()
+    shutil.copy(root / "train" / "1.png", tmp_path / "outside")
+    (root / "test").symlink_to(tmp_path / "outside")
+    with pytest.raises(DatasetError, match="found none for test"):
+        FolderSource(str(root))
+
+
+def test_a_pipe_with_the_name_of_an_image_is_left_alone(make: Make, root: Path) -> None:
+    make("1.png")
+    os.mkfifo(root / "2.png")
+    assert FolderSource(str(root)).counts == {"train": 1}

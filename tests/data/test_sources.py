@@ -1,10 +1,14 @@
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from data.sources import DatasetError, open_source
+from data.sources import DatasetError, Record, Source, Split, open_source, outline
+from data.specs import HubAddress, hub_address
 
 MakeFolder = Callable[..., Path]
 
@@ -32,13 +36,92 @@ def test_drawn10_opens_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["imagenette", "imagenet-1k", "cifar10", "hub:beans", "hub:a/b@main"]
+    "spec",
+    ["imagenette", "imagenet-1k", "cifar10", "hub:a/b", "hub:a/b@main:c", "parquet:s3://a/b"],
 )
-def test_what_would_have_to_be_downloaded_is_refused_with_a_way_out(spec: str) -> None:
-    with pytest.raises(DatasetError, match="cannot download") as error:
+def test_what_must_be_downloaded_is_not_read_before_it_is(spec: str) -> None:
+    with pytest.raises(
+        DatasetError, match=r"must be downloaded before.*`rotvit download`"
+    ) as error:
         open_source(spec)
     assert spec in str(error.value)
-    assert "parquet:<glob> or folder:<path>" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["hub:beans", "hub:a/b/c", "hub:a/b@", "hub:a/b:", "hub:/b", "hub:../b", "hub:a b/c"]
+)
+def test_a_misspelt_address_on_the_hub_is_refused_with_the_form(spec: str) -> None:
+    with pytest.raises(DatasetError, match=r"written hub:<owner>/<name>\[@revision\]\[:config\]"):
+        open_source(spec)
+    with pytest.raises(DatasetError, match="is written"):
+        outline(spec)
+
+
+def test_an_address_has_revision_and_configuration() -> None:
+    assert hub_address("hub:a/b") == HubAddress(repository="a/b")
+    assert hub_address("hub:a/b@refs/convert/parquet:c") == HubAddress(
+        repository="a/b", revision="refs/convert/parquet", config="c"
+    )
+
+
+def test_what_is_published_is_known_without_a_download(make_folder: MakeFolder) -> None:
+    found = outline("imagenette")
+    assert found is not None
+    assert (found.counts, found.num_classes) == ({"train": 9469, "test": 3925}, 10)
+    test = make_folder("one", "1.png")
+    with_test = outline("imagenet-1k", f"folder:{test}")
+    assert with_test is not None
+    assert with_test.counts == {"train": 1_281_167, "test": 1}
+    assert outline("hub:a/b") is None
+    assert outline("imagenette", "hub:a/b") is None
+
+
+class Numbers(Source):
+    """A source of one's own: small pictures, one for each number."""
+
+    def __init__(self, location: str) -> None:
+        self.spec = f"numbers:{location}"
+        self.class_names = ["even", "odd"]
+        self.counts = {"train": int(location)}
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "numbers", "count": self.counts["train"]}
+
+    def records(self, split: Split, start: int = 0) -> Iterator[Record]:
+        for number in range(start, self.counts[split]):
+            yield Record(str(number), Image.new("RGB", (3, 3), (number, 0, 0)), number % 2)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    def entry_points(*, group: str, name: str) -> list[metadata.EntryPoint]:
+        found = metadata.EntryPoint(name="numbers", value=value, group="rotation_vit.sources")
+        return [found] if (group, name) == (found.group, found.name) else []
+
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
+
+
+def test_a_package_adds_a_source_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, f"{__name__}:Numbers")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Numbers.__module__])
+    source = open_source("numbers:5")
+    assert source.counts == {"train": 5}
+    assert [record.label for record in source.records("train", 2)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("no_such_module:Source", "must be importable as no_such_module:Source, it is not"),
+        ("math:no_such_name", "must be importable as math:no_such_name"),
+        ("builtins:str", r"must return a data\.records\.Source, it returned str"),
+    ],
+)
+def test_an_entry_point_that_gives_no_source_is_said(
+    monkeypatch: pytest.MonkeyPatch, value: str, message: str
+) -> None:
+    register(monkeypatch, value)
+    with pytest.raises(DatasetError, match=message):
+        open_source("numbers:5")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,15 @@ from training.store import StageResult
 ROTVIT = [sys.executable, "-m", "flows.cli"]
 
 STAGE_COMMANDS = [
-    *("prepare-data", "pretrain", "linear-probe", "finetune-1", "finetune-2", "from-scratch"),
+    *(
+        "download",
+        "prepare-data",
+        "pretrain",
+        "linear-probe",
+        "finetune-1",
+        "finetune-2",
+        "from-scratch",
+    ),
     *("feature-analysis", "report"),
 ]
 
@@ -123,8 +131,8 @@ def test_version_is_printed(capsys: Capture) -> None:
         (["run", "--set", "pretrain.epoch=3"], "Did you mean pretrain.epochs?"),
         (["status", "--preset", "imagnet"], "Did you mean imagenet?"),
         (["config", "--config", "none.yaml"], "none.yaml"),
-        (["run", "--until", "pretrian"], "A stage must be one of prepare-data, "),
-        (["run", "--refresh", "pretrian"], "A stage must be one of prepare-data, "),
+        (["run", "--until", "pretrian"], "A stage must be one of download, "),
+        (["run", "--refresh", "pretrian"], "A stage must be one of download, "),
         (
             ["run", "--until", "pretrain", "--refresh", "report"],
             "What to refresh must be among the stages that run: prepare-data, pretrain; "

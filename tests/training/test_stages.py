@@ -10,8 +10,10 @@ from training.stages import STAGES, plan, stage_named, transfer_data
 
 SHARED = build_settings("drawn")
 """Pretraining and transfer on the same images."""
-APART = build_settings("imagenet")
+APART = build_settings("drawn", overrides=["transfer.source=folder:flowers"])
 """Labelled images from elsewhere."""
+REMOTE = build_settings("imagenet")
+"""The same, and all of them must be downloaded."""
 
 
 def names(settings: Settings, until: str | None = None) -> list[str]:
@@ -19,11 +21,13 @@ def names(settings: Settings, until: str | None = None) -> list[str]:
 
 
 def test_a_whole_run_has_every_stage_once() -> None:
-    assert names(APART) == list(STAGES)
-    assert names(SHARED) == [name for name in STAGES if name != "prepare_transfer_data"]
+    assert names(REMOTE) == list(STAGES)
+    local = [name for name in STAGES if not name.startswith("download")]
+    assert names(APART) == local
+    assert names(SHARED) == [name for name in local if name != "prepare_transfer_data"]
 
 
-@pytest.mark.parametrize("settings", [SHARED, APART], ids=["shared", "apart"])
+@pytest.mark.parametrize("settings", [SHARED, APART, REMOTE], ids=["shared", "apart", "remote"])
 def test_stages_come_after_what_they_need(settings: Settings) -> None:
     graph = {
         stage.name: set(stage.needs(settings).values()) & set(names(settings))
@@ -82,13 +86,40 @@ def test_from_scratch_does_not_depend_on_pretraining() -> None:
     assert not [name for name in stage.reads if name.startswith("pretrain")]
 
 
+def test_what_is_here_already_is_not_downloaded() -> None:
+    for name in ("prepare_data", "prepare_transfer_data"):
+        assert STAGES[name].needs(APART) == {}
+    assert names(REMOTE, "from_scratch") == [
+        "download_transfer",
+        "prepare_transfer_data",
+        "from_scratch",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remote"),
+    [
+        (["data.source=folder:x"], []),
+        (["data.source=parquet:x/*.parquet"], []),
+        (["data.source=cifar10"], ["cifar10"]),
+        (["data.source=parquet:s3://x/*.parquet"], ["parquet:s3://x/*.parquet"]),
+        (["data.test_source=hub:a/b"], ["hub:a/b"]),
+        (["data.source=hub:a/b", "data.test_source=hub:a/b"], ["hub:a/b"]),
+    ],
+)
+def test_only_remote_sources_are_downloaded(overrides: list[str], remote: list[str]) -> None:
+    settings = build_settings("drawn", overrides=overrides)
+    assert settings.remote_sources("pretrain") == remote
+    assert ("download" in names(settings)) == bool(remote)
+
+
 def test_labelled_images_are_prepared_apart_only_if_they_come_from_elsewhere() -> None:
     assert transfer_data(SHARED) == "prepare_data"
     assert transfer_data(APART) == "prepare_transfer_data"
 
 
 def test_the_report_reads_every_other_stage_of_the_run() -> None:
-    for settings in (SHARED, APART):
+    for settings in (SHARED, APART, REMOTE):
         needed = STAGES["report"].needs(settings)
         assert sorted(needed.values()) == sorted(set(names(settings)) - {"report"})
 

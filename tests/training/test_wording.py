@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.wording import Pace, duration
+from training.wording import Pace, duration, scores_in_words
 
 
 def test_pace_is_what_was_done_in_the_time_between_reports() -> None:
@@ -63,3 +63,11 @@ def test_nothing_is_said_to_be_left_at_the_end() -> None:
 )
 def test_times_are_written_as_people_say_them(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_download_is_said_with_images_and_size() -> None:
+    row = {"counts": {"train": 9469, "test": 3925}, "bytes": 341_600_000}
+    assert scores_in_words("download", row) == "9,469 train, 3,925 test images, 342 MB"
+    small = {"counts": {"train": 8}, "bytes": 131_400}
+    assert scores_in_words("download_transfer", small) == "8 train images, 131 kB"
+    assert scores_in_words("download", {"counts": {}, "bytes": 0}) == "nothing to download"

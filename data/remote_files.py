@@ -1,0 +1,255 @@
+"""Reading files at addresses, one attempt at a time: HTTP with ranges, the rest through fsspec.
+
+HTTP goes through the session of `huggingface_hub`, which honours proxies and `HF_HUB_OFFLINE`. The
+Hub's token is sent to the Hub alone; a redirect to another host drops it.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from data.patience import Patience, TryAgainError, asked_wait
+from data.records import DatasetError
+
+CHUNK = 2**18
+"""Bytes that are read at once from a store other than HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An opened file."""
+
+    start: int
+    """Where the bytes begin: what was asked for, or 0 where the server cannot."""
+    size: int | None
+    """Bytes of the whole file; None if the server does not say."""
+    version: str | None
+    """What the server calls this content; None if it does not say."""
+    chunks: Iterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file that is there."""
+
+    url: str
+    size: int
+    version: str | None
+
+
+@contextmanager
+def opened(
+    url: str, patience: Patience, *, start: int = 0, end: int | None = None, version: str = ""
+) -> Iterator[Stream]:
+    """Open a file at an address.
+
+    Args:
+        url: `https://`, or any other address that fsspec knows.
+        patience: Its `stall_seconds` bounds every wait for bytes.
+        start: First byte wanted.
+        end: Byte to end before; None for the end of the file.
+        version: Content that the bytes before `start` are of; with another one the server begins
+            at 0.
+
+    Raises:
+        TryAgainError: If the server or the network failed, also while the bytes are read.
+        DatasetError: If the server refuses.
+    """
+    if not _is_http(url):
+        with _errors_of_fsspec(url):
+            filesystem, path = _filesystem(url)
+            details = filesystem.info(path)
+            with filesystem.open(path, "rb", cache_type="none") as file:
+                file.seek(start)
+                wanted = (details["size"] if end is None else end) - start
+                yield Stream(start, details["size"], _version(details), _pieces(file, wanted))
+        return
+    headers = {"Accept-Encoding": "identity", **_hub_headers(url)}
+    if start or end is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    if start and version:
+        headers["If-Range"] = version
+    with (
+        _errors_of_http(url),
+        _session().stream(
+            "GET", url, headers=headers, timeout=patience.stall_seconds, follow_redirects=True
+        ) as response,
+    ):
+        _check_status(response, url)
+        begins, size = _extent(response)
+        etag = response.headers.get("ETag", "")
+        # Weak tags promise no equal bytes.
+        known = etag if etag and not etag.startswith("W/") else None
+        # As they come: pieces of a fixed size would keep back what came before a cut.
+        yield Stream(begins, size, known, response.iter_raw())
+
+
+def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
+    """Return the bytes from `start` to before `end`; errors as those of `opened`."""
+    with opened(url, patience, start=start, end=end) as stream:
+        if stream.start != start:
+            raise DatasetError(
+                f"The server of {url} must send parts of files, it sends whole ones only. "
+                "Download the file yourself and use parquet:<path>."
+            )
+        content = b"".join(stream.chunks)
+    if len(content) != end - start:
+        raise TryAgainError(f"{len(content)} bytes came instead of {end - start}")
+    return content
+
+
+def find(pattern: str, patience: Patience) -> list[Found]:
+    """Return the files that an address names, in the order of their names.
+
+    Args:
+        pattern: An address; with `*` and the like where the kind of store can be listed, which
+            HTTP cannot.
+        patience: Its `stall_seconds` bounds every wait.
+
+    Raises:
+        TryAgainError: If the server or the network failed.
+        DatasetError: If the server refuses, or the pattern is one of HTTP.
+    """
+    if _is_http(pattern):
+        if re.search(r"[*\[\]]", pattern):
+            raise DatasetError(
+                f"An address of one Parquet file must have no wildcards, got {pattern!r}: web "
+                "servers do not list their files. Use hub:<owner>/<name>, or name one file as "
+                "source and another one as test_source."
+            )
+        with opened(pattern, patience, end=1) as stream:
+            if stream.size is None:
+                raise DatasetError(f"The server of {pattern} must say how long the file is.")
+            return [Found(pattern, stream.size, stream.version)]
+    with _errors_of_fsspec(pattern):
+        filesystem, path = _filesystem(pattern)
+        details = filesystem.glob(path, detail=True)
+        return [
+            Found(filesystem.unstrip_protocol(name), found["size"], _version(found))
+            for name, found in sorted(details.items())
+            if found["type"] == "file"
+        ]
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _session() -> Any:
+    from huggingface_hub import get_session
+
+    return get_session()
+
+
+def _hub_headers(url: str) -> dict[str, str]:
+    from huggingface_hub import constants
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    if not url.startswith(f"{constants.ENDPOINT}/"):
+        return {}
+    return dict(build_hf_headers(library_name="rotation-vit"))
+
+
+@contextmanager
+def _errors_of_http(url: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.OfflineModeIsEnabled as error:
+        raise offline(url) from error
+    except errors.HTTPError as error:  # type: ignore[attr-defined]  # the HTTP client's, whichever
+        raise TryAgainError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+
+
+def offline(what: str) -> DatasetError:
+    """Return the error of a download that the environment forbids."""
+    return DatasetError(
+        f"{what} must be downloaded, and HF_HUB_OFFLINE forbids it. Unset it for this run; "
+        "afterwards the images are on this computer."
+    )
+
+
+def gated(repository: str) -> DatasetError:
+    """Return the error of a data set on the Hub whose terms must be accepted first."""
+    from huggingface_hub import constants, get_token
+
+    page = f"{constants.ENDPOINT}/datasets/{repository}"
+    if get_token() is None:
+        return DatasetError(
+            f"{repository} is given only to those who accepted its terms, and there is no token. "
+            f"Open {page}, log in and accept them, then set HF_TOKEN to a token of that account "
+            f"({constants.ENDPOINT}/settings/tokens)."
+        )
+    return DatasetError(
+        f"{repository} is given only to those who accepted its terms, and the account of this "
+        f"token has not, or the token may not read it. Open {page}, accept the terms, and set "
+        "HF_TOKEN to a token of that account with the right to read gated repositories."
+    )
+
+
+def _check_status(response: Any, url: str) -> None:
+    status = response.status_code
+    if status in (200, 206):
+        return
+    if status in (408, 416, 425, 429) or status >= 500:
+        wait = asked_wait(response.headers.get("Retry-After"))
+        raise TryAgainError(f"the server answered {status} {response.reason_phrase}", wait)
+    found = re.search(r"/datasets/([^/]+/[^/]+)/resolve/", url)
+    if found and response.headers.get("X-Error-Code") == "GatedRepo":
+        raise gated(found[1])
+    hint = " The address may be misspelt, or need a login." if status in (401, 403, 404) else ""
+    raise DatasetError(f"{url} must be readable, the server answered {status}.{hint}")
+
+
+def _extent(response: Any) -> tuple[int, int | None]:
+    """Return where the content begins and how long the whole file is."""
+    if response.status_code == 206:
+        found = re.fullmatch(
+            r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", "").strip()
+        )
+        if not found:
+            raise TryAgainError("the server does not say which part of the file it sends")
+        return int(found[1]), int(found[2])
+    length = response.headers.get("Content-Length", "")
+    return 0, int(length) if length.isdigit() else None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise DatasetError(f"{url} needs one more package: {error}") from error
+    except ValueError as error:
+        raise DatasetError(f"{url} must be an address that fsspec knows: {error}") from error
+    return filesystem, path
+
+
+def _pieces(file: Any, wanted: int) -> Iterator[bytes]:
+    while wanted > 0 and (piece := file.read(min(CHUNK, wanted))):
+        wanted -= len(piece)
+        yield piece
+
+
+def _version(details: dict[str, Any]) -> str | None:
+    for name in ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime"):
+        if details.get(name):
+            return str(details[name]).strip('"')
+    return None
+
+
+@contextmanager
+def _errors_of_fsspec(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, PermissionError) as error:
+        raise DatasetError(
+            f"{url} must be readable, it is not: {error}. Look at the address and at the "
+            "credentials of its store."
+        ) from error
+    except OSError as error:
+        raise TryAgainError(f"{type(error).__name__}: {error}") from error
