@@ -110,6 +110,7 @@ def test_the_standard_tables_leave_a_mark_at_the_same_quality(
 ) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "JPEG", quality=jpeg.QUALITY)
+    file.seek(0)
     standard = list(JpegImageFile(file).quantization.values())
     monkeypatch.setattr(jpeg, "symmetric_tables", lambda: standard)
     accuracy = accuracy_after_the_data_path(tmp_path, stored=32, pixel_format="jpeg")
