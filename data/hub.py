@@ -120,12 +120,7 @@ def _converted(names: Any, address: HubAddress) -> dict[str, str]:
 def _by_datasets(address: HubAddress, commit: str, names: Collection[str]) -> dict[str, str]:
     """Return the files that `datasets` would read, as the card or their names say."""
     import datasets
-    from huggingface_hub import hf_hub_download
 
-    if "README.md" in names:
-        # Into the Hub's cache: `datasets` takes a card that it cannot fetch for one that is not
-        # there, and would choose files without it.
-        hf_hub_download(address.repository, "README.md", repo_type="dataset", revision=commit)
     try:
         builder = datasets.load_dataset_builder(
             address.repository, name=address.config, revision=commit

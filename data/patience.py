@@ -23,7 +23,7 @@ class TryAgainError(Exception):
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         """Say why, and after how many seconds the server wants to be asked again."""
-        super().__init__(reason)
+        super().__init__(reason.rstrip("."))
         self.wait = wait
 
 

@@ -211,7 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._status(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.commit})
             return
         if file == "README.md" and (fault := self._next(self.standin.card_faults, head=True)):
-            self._status(fault.after)
+            if fault.kind == "cut":
+                self.close_connection = True
+            else:
+                self._status(fault.after)
             return
         facts = {"X-Repo-Commit": repository.commit}
         if file.endswith(".parquet"):

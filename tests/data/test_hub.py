@@ -137,7 +137,7 @@ def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(
             b"  - split: train\n    path: data/train-*.parquet\n---\n",
         },
     )
-    main_branch.card_faults.append(Fault("status", 503, times=2))
+    main_branch.card_faults.append(Fault("cut"))
     assert get("hub:a/card", tmp_path).counts == {"train": 8}
 
 
