@@ -184,8 +184,11 @@ class _Walk:
 
     def _leads_out(self, path: Path) -> bool:
         """Tell whether a link leads out of the root, and remember it if so."""
-        if not path.is_symlink() or path.resolve().is_relative_to(self._root):
-            return False
+        try:
+            if not path.is_symlink() or path.resolve().is_relative_to(self._root):
+                return False
+        except (OSError, RuntimeError):
+            return False  # a link to itself leads nowhere: preparation sets it aside
         self.left_out.append(path.relative_to(self._root).as_posix())
         return True
 

@@ -20,7 +20,7 @@ from data.duplicates import (
     perceptual_hashes,
 )
 from data.prepared import PreparedData
-from data.shards import digest_of
+from data.shards import digest_of, file_sha256
 
 SIDE = 48
 
@@ -139,4 +139,8 @@ def test_prepared_images_bring_their_hashes(
     stored = content.pop("hashes")  # as an earlier version wrote it
     assert np.array_equal(hashes_from_text(stored), expected)
     record.write_text(json.dumps({**content, "digest": digest_of(content)}), encoding="utf-8")
+    manifest = tmp_path / "prepared" / "manifest.json"
+    found = json.loads(manifest.read_bytes())
+    found["shards"]["train"][0]["record_sha256"] = file_sha256(record)
+    manifest.write_text(json.dumps(found), encoding="utf-8")
     assert np.array_equal(PreparedData.open(tmp_path / "prepared").train.hashes(), expected)

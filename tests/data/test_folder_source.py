@@ -185,9 +185,3 @@ def test_a_split_that_is_a_link_out_of_the_folder_is_not_followed(
     (root / "test").symlink_to(tmp_path / "outside")
     with pytest.raises(DatasetError, match="found none for test"):
         FolderSource(str(root))
-
-
-def test_a_pipe_with_the_name_of_an_image_is_left_alone(make: Make, root: Path) -> None:
-    make("1.png")
-    os.mkfifo(root / "2.png")
-    assert FolderSource(str(root)).counts == {"train": 1}
