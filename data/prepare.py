@@ -263,7 +263,6 @@ def _write(
         images=count,
         labels=None if source.class_names is None else labels,
         skipped=skipped,
-        pixel_format=target.pixel_format,
     )
     write_shard_record(target.directory, shard)
 

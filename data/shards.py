@@ -57,8 +57,6 @@ class Shard:
     """One per image, or None if the source has no labels."""
     skipped: list[Skipped]
     """Source images left out of it."""
-    pixel_format: PixelFormat = "raw"
-    """How the pixels are stored."""
 
 
 def pixels_path(directory: Path, name: str, pixel_format: PixelFormat) -> Path:
@@ -112,13 +110,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def describe(
-    path: Path,
-    *,
-    made_from: str,
-    images: int,
-    labels: list[int] | None,
-    skipped: list[Skipped],
-    pixel_format: PixelFormat,
+    path: Path, *, made_from: str, images: int, labels: list[int] | None, skipped: list[Skipped]
 ) -> Shard:
     """Return the description of the pixels just written at `path`, read back for the digest."""
     status = path.stat()
@@ -131,7 +123,6 @@ def describe(
         mtime_ns=status.st_mtime_ns,
         labels=labels,
         skipped=skipped,
-        pixel_format=pixel_format,
     )
 
 
