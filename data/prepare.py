@@ -267,7 +267,6 @@ def _write(
         labels=None if source.class_names is None else labels,
         skipped=skipped,
         hashes=hashes_to_text(hashes),
-        pixel_format=target.pixel_format,
     )
     write_shard_record(target.directory, shard)
 

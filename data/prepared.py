@@ -195,11 +195,7 @@ def _open_split(directory: Path, found: Manifest, entries: Sequence[ShardEntry])
                 pixels.append(np.load(path, mmap_mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(path, error) from error
-        if (
-            shard is None
-            or shard.pixel_format != found.pixel_format
-            or len(pixels[-1]) != entry.images
-        ):
+        if shard is None or len(pixels[-1]) != entry.images:
             raise _damaged(path, "it does not fit its description")
         labels.append(shard.labels)
         hashes.append(shard.hashes)

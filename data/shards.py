@@ -60,8 +60,6 @@ class Shard:
     hashes: str = ""
     """Perceptual hashes of the images, see `data.duplicates`; empty in shards of earlier versions,
     whose hashes are computed from the pixels when they are asked for."""
-    pixel_format: PixelFormat = "raw"
-    """How the pixels are stored."""
 
 
 def pixels_path(directory: Path, name: str, pixel_format: PixelFormat) -> Path:
@@ -122,7 +120,6 @@ def describe(
     labels: list[int] | None,
     skipped: list[Skipped],
     hashes: str = "",
-    pixel_format: PixelFormat,
 ) -> Shard:
     """Return the description of the pixels just written at `path`, read back for the digest."""
     status = path.stat()
@@ -136,7 +133,6 @@ def describe(
         labels=labels,
         skipped=skipped,
         hashes=hashes,
-        pixel_format=pixel_format,
     )
 
 

@@ -16,10 +16,11 @@ from data.canary import NoiseSource
 from data.decode import decode_square
 from data.disk_space import estimate_bytes
 from data.jpeg_shards import JpegShard, write_jpegs
-from data.manifest import FILE_NAME, Manifest
+from data.manifest import FILE_NAME, Fingerprint, Manifest
 from data.prepare import prepare
 from data.prepared import PreparedData, verify
 from data.records import DatasetError, Record, Source
+from data.shards import SUFFIXES
 
 SIDE = 12
 TRAIN, TEST = 11, 3
@@ -148,6 +149,10 @@ def test_formats_do_not_mix(source: Source, tmp_path: Path) -> None:
     assert verify(jpeg, full=False) == "train-00000.json has changed"
     with pytest.raises(DatasetError, match="does not fit its description"):
         PreparedData.open(jpeg)
+
+
+def test_the_fingerprint_tells_formats_apart_whatever_the_files() -> None:
+    assert len({Fingerprint(SIDE, None, stored).hexdigest() for stored in SUFFIXES}) == 2
 
 
 def test_the_manifest_says_which_format(source: Source, tmp_path: Path) -> None:

@@ -47,9 +47,7 @@ def test_a_shard_that_fails_half_way_leaves_nothing_that_counts(
 def test_a_description_comes_back_as_it_was_written(tmp_path: Path, images: Images) -> None:
     path = tmp_path / "test-00002.npy"
     write_pixels(path, images, side=3, most=7)
-    shard = describe(
-        path, made_from="abc", images=7, labels=[1, 0] * 3 + [2], skipped=[], pixel_format="raw"
-    )
+    shard = describe(path, made_from="abc", images=7, labels=[1, 0] * 3 + [2], skipped=[])
     write_shard_record(tmp_path, shard)
     assert read_shard(tmp_path, "test-00002") == shard
 
