@@ -20,9 +20,10 @@ logger = logging.getLogger("training.gpu_slot")
 SLOT = "gpu"
 """Name of the limit; its size is the number of trainings that may run at once."""
 
-LEASE_SECONDS = 180.0
-"""Time after which the slot of a holder that was killed is free again. It is renewed after three
-quarters of it, so it outlives most of the server's absences of a minute."""
+LEASE_SECONDS = 60.0
+"""Time after which the slot of a holder that was killed is free again; it is renewed meanwhile. A
+longer one would outlive an absence of the server, but a killed run that starts again would wait for
+itself as long."""
 
 PATIENCE_SECONDS = 600.0
 """Longest absence of the server that who is in the queue waits for; then it trains nevertheless."""
