@@ -48,8 +48,8 @@ def compute(context: StageContext) -> StageOutcome:
     scratch.remove()
     copies = count_copies(context.directory)
     if copies:
-        _log.warning(
-            "%d of the %d test images of %s have a copy, or nearly one, among the training images.",
+        _log.info(
+            "%d of the %d test images of %s look like a training image, or are copies of one.",
             copies,
             manifest.counts["test"],
             source,

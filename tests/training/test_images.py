@@ -51,7 +51,7 @@ def test_copies_are_counted_and_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = validate(values(tiny_values, photos))
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         scores = run_stages(settings, tmp_path, "prepare_data")["prepare_data"].scores
     assert scores["test_copies_in_train"] == 2
     assert "2 of the 6 test images of folder:" in caplog.text
