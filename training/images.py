@@ -72,6 +72,25 @@ def open_pretraining(
     return replace(splits, train=kept), int(copied.sum())
 
 
+def copies_in_pretraining(prepared: Path, transfer: Path) -> int | None:
+    """Count the labelled test images that are (nearly) among the images to pretrain on.
+
+    Args:
+        prepared: The images to pretrain on.
+        transfer: The labelled images, where they are others.
+
+    Returns:
+        None where the labelled images bring no test split, or one of the two is not there.
+    """
+    try:
+        seen, labelled = PreparedData.open(prepared), PreparedData.open(transfer)
+    except DatasetError:
+        return None
+    if labelled.test is None:
+        return None
+    return int(has_copy(labelled.test.hashes(), seen.train.hashes()).sum())
+
+
 def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
     """Open prepared images as the transfer stages use them.
 

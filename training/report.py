@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from training import figures
+from training.images import copies_in_pretraining
 from training.probes import wilson_interval
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings, flatten
@@ -226,6 +227,11 @@ def _prepared(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
             "classes": scores.get("classes", []),
             "fingerprint": scores.get("fingerprint", result.digest),
             "copies": scores.get("test_copies_in_train"),
+            "copies_in_pretraining": (
+                copies_in_pretraining(results["prepare_data"].directory, result.directory)
+                if name == "prepare_transfer_data" and "prepare_data" in results
+                else None
+            ),
             "skipped": scores.get("skipped", 0),
             "skipped_examples": scores.get("skipped_examples", []),
         }

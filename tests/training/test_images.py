@@ -91,7 +91,7 @@ def test_copies_of_the_transfer_test_images_are_left_out_too(
     for path in photos.glob("train/*/*"):
         shutil.copy(path, unlabelled)
     given = values(tiny_values, unlabelled, leave_out_test_copies=True)
-    settings = validate({**given, "transfer": {"source": f"folder:{photos}"}})
+    settings = validate({**given, "transfer": {"source": f"folder:{photos}", "labels": 30}})
     assert "prepare_transfer_data" in [stage.name for stage in plan(settings, "pretrain")]
     scores = run_stages(settings, tmp_path / "out", "pretrain")["pretrain"].scores
     everything = validate({**given, "data": {**given["data"], "leave_out_test_copies": False}})
@@ -99,6 +99,8 @@ def test_copies_of_the_transfer_test_images_are_left_out_too(
     prepared = run_stages(everything, tmp_path / "out", "prepare_data")["prepare_data"].directory
     assert scores["left_out"] >= 1
     assert scores["images"] + scores["left_out"] == len(open_splits(prepared, everything).train)
+    page = run_stages(settings, tmp_path / "out", "report")["report"].directory / "index.html"
+    assert "2 of 6 test images are among the images that were pretrained on" in page.read_text()
 
 
 def test_training_on_copies_alone_is_an_error(
