@@ -3,7 +3,7 @@
 Dimension key: B = images, S = their side in pixels, N and M = images of two sets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,12 +87,45 @@ def near_pairs(
 
 
 def has_copy(
-    first: NDArray[np.uint64], second: NDArray[np.uint64], most: int = NEAR
+    first: NDArray[np.uint64],
+    second: NDArray[np.uint64],
+    most: int = NEAR,
+    give_up: Callable[[], None] = lambda: None,
 ) -> NDArray[np.bool_]:
-    """Tell for each hash of `first` whether one in `second` is near, `(N,)`; see `near_pairs`."""
+    """Tell for each hash of `first` whether one in `second` is near, `(N,)`; see `near_pairs`.
+
+    Memory does not depend on how many are.
+
+    Args:
+        first: `(N, 2)`.
+        second: `(M, 2)`.
+        most: Largest number of bits that differ; 0 for equal hashes.
+        give_up: Called now and then; ends the work by raising.
+    """
     result = np.zeros(len(first), dtype=np.bool_)
-    result[near_pairs(first, second, most)[:, 0]] = True
+    columns = [np.ascontiguousarray(second[:, word]) for word in range(WORDS)]
+    for left in range(0, len(second), _COLUMNS):
+        give_up()
+        here = [column[left : left + _COLUMNS] for column in columns]
+        # Who has one already is not asked again: pictures that are all alike cost no more.
+        missing = np.flatnonzero(~result)
+        for top in range(0, len(missing), _ROWS):
+            rows = missing[top : top + _ROWS]
+            # Most pairs differ too much in the first word already.
+            close = _differing(first[rows, :1], here[0]) <= most
+            near = close.any(axis=1)
+            for row, candidates in zip(rows[near], close[near], strict=True):
+                places = np.flatnonzero(candidates)
+                bits = _differing(first[row, 0], here[0][places])
+                for word in range(1, WORDS):
+                    bits = bits + _differing(first[row, word], here[word][places])
+                result[row] = bool((bits <= most).any())
     return result
+
+
+def _differing(one: NDArray[np.uint64] | np.uint64, other: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Return in how many bits numbers differ, by NumPy's rules of broadcasting."""
+    return np.asarray(np.bitwise_count(np.bitwise_xor(one, other)))
 
 
 def _averages(side: int, cells: int) -> NDArray[np.float32]:

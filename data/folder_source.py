@@ -178,9 +178,13 @@ class _Walk:
             return False
         if not folder.is_symlink():
             return True
-        # A link to a folder above would be walked for ever.
-        above = folder.parent.resolve().is_relative_to(folder.resolve())
-        return not above and not self._leads_out(folder)
+        return not self._leads_out(folder) and not self._leads_back(folder)
+
+    def _leads_back(self, link: Path) -> bool:
+        """Tell whether a link leads to where the walk has come through: it would never end."""
+        target = link.resolve()
+        way = [each for each in link.parents if each.is_relative_to(self._root)]
+        return any(each.resolve().is_relative_to(target) for each in way)
 
     def _leads_out(self, path: Path) -> bool:
         """Tell whether a link leads out of the root, and remember it if so."""

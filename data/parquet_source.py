@@ -1,6 +1,7 @@
 """Images in Parquet files, as the Hugging Face Hub serves them, through the `datasets` library."""
 
 import glob
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,14 @@ IMAGE_COLUMNS = ("image", "img")
 
 LABEL_COLUMNS = ("label", "labels")
 """Names under which they keep the class."""
+
+_WHOLE_NUMBERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+LABEL_TYPES = frozenset({"bool", "string", "large_string", *_WHOLE_NUMBERS})
+"""Types of such a column, where it does not declare its classes."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class ParquetSource(Source):
@@ -147,8 +156,18 @@ def image_column(spec: str, features: Any) -> str:
 
 
 def label_column(features: Any) -> str | None:
-    """Return the column that holds the class; None if the images have no labels."""
-    return next((name for name in LABEL_COLUMNS if name in features), None)
+    """Return the column that holds one class per image; None if the images have no labels."""
+    import datasets
+
+    for name in LABEL_COLUMNS:
+        kind = features.get(name)
+        if isinstance(kind, datasets.ClassLabel) or (
+            isinstance(kind, datasets.Value) and kind.dtype in LABEL_TYPES
+        ):
+            return name
+        if kind is not None:
+            _log.warning("Column %s holds no one class per image (%s): no labels.", name, kind)
+    return None
 
 
 def class_names(features: Any, label: str | None) -> list[str] | None:

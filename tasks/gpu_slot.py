@@ -81,8 +81,7 @@ def _acquire(held: ExitStack, patience: float) -> None:
     while True:
         try:
             if away_since is not None:
-                _is_taken()  # answers at once where the server is still away
-                away_since = None
+                _is_taken()  # raises at once where the server is still away
             held.enter_context(
                 concurrency(
                     SLOT,
@@ -91,8 +90,10 @@ def _acquire(held: ExitStack, patience: float) -> None:
                     raise_on_lease_renewal_failure=False,
                 )
             )
-        except Exception:
-            away_since = time.monotonic() if away_since is None else away_since
+        except Exception as error:
+            if away_since is None:
+                away_since = time.monotonic()
+                logger.info("The GPU slot is asked for again until there is an answer: %s", error)
             if time.monotonic() - away_since > patience:
                 raise
             time.sleep(ASK_AGAIN_SECONDS)

@@ -72,23 +72,20 @@ def open_pretraining(
     return replace(splits, train=kept), int(copied.sum())
 
 
-def copies_in_pretraining(prepared: Path, transfer: Path) -> int | None:
+def copies_in_pretraining(prepared: Path, transfer: Path, settings: Settings) -> int:
     """Count the labelled test images that are (nearly) among the images to pretrain on.
 
     Args:
         prepared: The images to pretrain on.
-        transfer: The labelled images, where they are others.
+        transfer: The labelled images, which may be the same.
+        settings: Of the run: where a source brings no test images, they divide it.
 
-    Returns:
-        None where the labelled images bring no test split, or one of the two is not there.
+    Raises:
+        DatasetError: If one of the two is not there.
     """
-    try:
-        seen, labelled = PreparedData.open(prepared), PreparedData.open(transfer)
-    except DatasetError:
-        return None
-    if labelled.test is None:
-        return None
-    return int(has_copy(labelled.test.hashes(), seen.train.hashes()).sum())
+    seen, tests = open_splits(prepared, settings).train, open_splits(transfer, settings).test
+    test_hashes, train_hashes = (part.split.hashes()[part.indices] for part in (tests, seen))
+    return int(has_copy(test_hashes, train_hashes).sum())
 
 
 def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:

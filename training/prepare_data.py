@@ -12,6 +12,7 @@ from data.sources import open_source
 from training import runner
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
+from training.stopping import StopRequest
 from training.store import data_source
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def compute(context: StageContext) -> StageOutcome:
         pixel_format=settings.data.format,
     )
     scratch.remove()
-    copies = count_copies(context.directory)
+    copies = count_copies(context.directory, context.stop)
     if copies:
         _log.info(
             "%d of the %d test images of %s look like a training image, or are copies of one.",
@@ -73,16 +74,26 @@ def compute(context: StageContext) -> StageOutcome:
     )
 
 
-def count_copies(directory: Path) -> int | None:
+def count_copies(directory: Path, stop: StopRequest) -> int | None:
     """Count the test images of prepared data that are (nearly) in its train split as well.
 
     Returns:
-        None where the data bring no test split: then it is taken out of train later.
+        None where the data bring no test split: it is taken out of train later, by settings that
+        are none of the preparation's, and the report counts then.
+
+    Raises:
+        InterruptedError: If a stop was requested.
     """
+
+    def give_up() -> None:
+        if stop:
+            raise InterruptedError("Stopped while looking for copies of test images.")
+
     prepared = PreparedData.open(directory)
     if prepared.test is None:
         return None
-    return int(has_copy(prepared.test.hashes(), prepared.train.hashes()).sum())
+    copied = has_copy(prepared.test.hashes(), prepared.train.hashes(), give_up=give_up)
+    return int(copied.sum())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from data.records import DatasetError
 from training import figures
 from training.images import copies_in_pretraining
 from training.probes import wilson_interval
@@ -129,7 +130,7 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
         ),
         layers=layers,
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
-        prepared=list(_prepared(results)),
+        prepared=list(_prepared(results, settings)),
         setting_groups=_setting_groups(settings),
         environment=list(_environment(results)),
         times=list(_times(results)),
@@ -211,7 +212,7 @@ def _summary(results: Mapping[str, StageResult]) -> Iterator[str]:
         )
 
 
-def _prepared(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
+def _prepared(results: Mapping[str, StageResult], settings: Settings) -> Iterator[dict[str, Any]]:
     shown = set()
     for name in ("prepare_data", "prepare_transfer_data"):
         result = results.get(name)
@@ -227,14 +228,27 @@ def _prepared(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
             "classes": scores.get("classes", []),
             "fingerprint": scores.get("fingerprint", result.digest),
             "copies": scores.get("test_copies_in_train"),
-            "copies_in_pretraining": (
-                copies_in_pretraining(results["prepare_data"].directory, result.directory)
-                if name == "prepare_transfer_data" and "prepare_data" in results
-                else None
-            ),
+            "seen": _seen_in_pretraining(name, results, settings),
+            "left_out": results["pretrain"].scores.get("left_out", 0)
+            if "pretrain" in results
+            else 0,
             "skipped": scores.get("skipped", 0),
             "skipped_examples": scores.get("skipped_examples", []),
         }
+
+
+def _seen_in_pretraining(
+    name: str, results: Mapping[str, StageResult], settings: Settings
+) -> int | None:
+    """Count test images that were there to pretrain on, where the preparation could not."""
+    result, pretrained = results[name], results.get("prepare_data")
+    counted = name == "prepare_data" and result.scores.get("test_copies_in_train") is not None
+    if pretrained is None or counted:
+        return None
+    try:
+        return copies_in_pretraining(pretrained.directory, result.directory, settings)
+    except DatasetError:  # moved away or damaged since: a page of what there is
+        return None
 
 
 def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]]]:

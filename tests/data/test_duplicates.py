@@ -1,6 +1,7 @@
 import io
 import json
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,34 @@ def test_prepared_images_bring_their_hashes(
     found["shards"]["train"][0]["record_sha256"] = file_sha256(record)
     manifest.write_text(json.dumps(found), encoding="utf-8")
     assert np.array_equal(PreparedData.open(tmp_path / "prepared").train.hashes(), expected)
+
+
+def test_who_has_a_copy_is_who_is_in_a_pair() -> None:
+    generator = np.random.default_rng(5)
+    first = generator.integers(0, 2**63, (150, 2), dtype=np.uint64)
+    second = generator.integers(0, 2**63, (9000, 2), dtype=np.uint64)
+    for row, flipped in ((3, 0), (70, 2**12 - 1), (71, 2**13 - 1), (149, 2**40 + 1)):
+        second[row * 7] = first[row] ^ np.array([flipped, 0], dtype=np.uint64)
+        second[row * 11] = first[row + 0] ^ np.array([flipped & 63, flipped & ~63], dtype=np.uint64)
+    found = np.flatnonzero(has_copy(first, second))
+    assert found.tolist() == [3, 70, 149]
+    assert np.unique(near_pairs(first, second)[:, 0]).tolist() == found.tolist()
+
+
+def test_pictures_that_are_all_alike_take_no_more_memory() -> None:
+    alike = np.zeros((20_000, 2), dtype=np.uint64)
+    tracemalloc.start()
+    try:
+        assert has_copy(alike[:2000], alike).all()
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # as pairs, they would be 640 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_search_can_be_given_up() -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    hashes = np.zeros((3, 2), dtype=np.uint64)
+    with pytest.raises(InterruptedError):
+        has_copy(hashes, hashes, give_up=stop)

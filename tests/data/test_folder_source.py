@@ -185,3 +185,17 @@ def test_a_split_that_is_a_link_out_of_the_folder_is_not_followed(
     (root / "test").symlink_to(tmp_path / "outside")
     with pytest.raises(DatasetError, match="found none for test"):
         FolderSource(str(root))
+
+
+def test_links_in_circles_come_to_an_end(make: Make, root: Path) -> None:
+    make("a/1.png")
+    make("b/2.png")
+    for number in range(3):  # of several, the walk would take days to come to the kernel's limit
+        (root / "a" / f"to-b-{number}").symlink_to(root / "b")
+        (root / "b" / f"to-a-{number}").symlink_to(root / "a")
+    names = [record.name for record in FolderSource(str(root)).records("train")]
+    assert names == sorted(
+        ["a/1.png", "b/2.png"]
+        + [f"a/to-b-{number}/2.png" for number in range(3)]
+        + [f"b/to-a-{number}/1.png" for number in range(3)]
+    )

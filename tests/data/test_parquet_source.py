@@ -199,3 +199,18 @@ def test_real_photos_are_prepared_without_exception(tmp_path: Path) -> None:
     assert (images.std(axis=(1, 2, 3)) > 5).all()
     last = next(source.records("train", start=199)).image
     assert np.array_equal(train.gather(np.array([199]))[0], decode_square(last, 160))
+
+
+def test_a_column_of_several_labels_per_image_is_no_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = datasets.List(datasets.ClassLabel(names=["sky", "sea"]))
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encode(1), "path": None}], "labels": [[0, 1]]},
+        features=datasets.Features({"image": datasets.Image(), "labels": kinds}),
+    )
+    table.to_parquet(tmp_path / "one.parquet")
+    source = ParquetSource(str(tmp_path / "one.parquet"))
+    assert source.class_names is None
+    assert [record.label for record in source.records("train")] == [None]
+    assert "Column labels holds no one class per image" in caplog.text
