@@ -15,7 +15,8 @@ from training.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]
 
-STAGE_NAMES = [name for name in STAGES if name != "prepare_transfer_data"]
+NOT_NEEDED = {"download", "download_transfer", "prepare_transfer_data"}
+STAGE_NAMES = [name for name in STAGES if name not in NOT_NEEDED]
 
 
 @pytest.fixture(scope="module")
