@@ -8,6 +8,7 @@ import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ParameterTypeError
 
 from flows.rotation_vit import TASKS, rotation_vit
 from training.settings import ConfigError, Settings, merge, validate
@@ -132,6 +133,8 @@ def test_another_transfer_source_is_prepared_by_a_stage_of_its_own(
 
 
 def test_a_users_mistake_fails_before_any_work(tmp_path: Path, tiny_settings: Settings) -> None:
-    with pytest.raises(ConfigError, match="A stage must be one of"):
+    with pytest.raises(ParameterTypeError, match=r"until: .*A stage must be one of"):
         rotation_vit(tiny_settings, tmp_path, until="linear-prob")
+    with pytest.raises(ConfigError, match="What to refresh must be among the stages that run"):
+        rotation_vit(tiny_settings, tmp_path, until="pretrain", refresh=["report"])
     assert list(tmp_path.iterdir()) == []
