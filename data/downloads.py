@@ -8,7 +8,7 @@ from pathlib import Path
 from data import catalogue
 from data.archives import extract
 from data.catalogue import Catalogue, count_files, folder_of, kept_files
-from data.fetching import fetch
+from data.fetching import STAGE, fetch
 from data.listing import features_of, list_source
 from data.parquet_source import class_names, values_in
 from data.patience import DownloadError, Patience, Stop, never
@@ -26,6 +26,7 @@ def download(
     report: Callable[[int, int], None],
     patience: Patience,
     stop: Stop = never,
+    stage: str = STAGE,
 ) -> list[Catalogue]:
     """Make `directory` hold what `specs` name, or, of what is too large, what it consists of.
 
@@ -38,6 +39,7 @@ def download(
         report: Called with the number of bytes that are there and in all, of files that are kept.
         patience: How often and how long servers are asked.
         stop: Asked often; true ends it, what came is kept.
+        stage: What to refresh where a publisher has replaced a file, for messages.
 
     Returns:
         One catalogue for each of `specs`, as written.
@@ -70,6 +72,7 @@ def download(
                     patience=patience,
                     stop=stop,
                     report=tell,
+                    stage=stage,
                 )
             before += file.size
             report(before, total)

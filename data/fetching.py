@@ -19,6 +19,9 @@ PART = ".part"
 WRONG_COPIES = 3
 """Complete copies with a wrong length or checksum after which no other one is asked for."""
 
+STAGE = "download"
+"""Stage that takes what a publisher has now, unless a caller names another one."""
+
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,6 +32,7 @@ def fetch(
     patience: Patience,
     stop: Stop = never,
     report: Callable[[int], None] = lambda done: None,
+    stage: str = STAGE,
 ) -> None:
     """Make `target` a whole copy of a remote file; a sound one that is there is kept.
 
@@ -42,6 +46,7 @@ def fetch(
         patience: How often and how long.
         stop: Asked with every piece and while waiting; true ends it, what came is kept.
         report: Given the number of bytes that are there, at the beginning and with every piece.
+        stage: What to refresh where the publisher has replaced the file, for messages.
 
     Raises:
         DownloadError: If the server fails, or sends something else, as often as it is asked.
@@ -52,7 +57,7 @@ def fetch(
         report(file.size)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(target.with_name(target.name + PART), file)
+    part = _Part(target.with_name(target.name + PART), file, stage)
     part.forget_if_foreign()
     failures = wrong = 0
     furthest = part.size
@@ -70,7 +75,7 @@ def fetch(
                 raise DownloadError(
                     f"{file.url} must have {file.size:,} bytes{_and_checksum(file)}; {wrong} "
                     "copies had others. A proxy may be in the way; otherwise its publisher has "
-                    "changed it: `--refresh download` takes what there is now."
+                    f"changed it: `--refresh {stage}` takes what there is now."
                 )
             raise TryAgainError("the copy is not what its publisher describes")
         except TryAgainError as error:
@@ -92,8 +97,8 @@ def fetch(
 class _Part:
     """The part of a file that has come so far, and a note beside it of which file that is."""
 
-    def __init__(self, path: Path, file: RemoteFile) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: RemoteFile, stage: str) -> None:
+        self.path, self.file, self._stage = path, file, stage
         self._note = path.with_name(path.name + ".json")
 
     @property
@@ -115,7 +120,7 @@ class _Part:
         if self.file.version not in (None, version):
             raise DatasetError(
                 f"{self.file.url} must be as it was listed, it has been replaced since. Take what "
-                "there is now with `--refresh download`."
+                f"there is now with `--refresh {self._stage}`."
             )
         if start and self.version not in ("", version):
             self.forget()

@@ -147,8 +147,11 @@ def test_a_part_of_another_file_is_not_gone_on_with(
 def test_a_file_that_is_no_longer_the_listed_one_is_refused(
     hub: StandInHub, file: RemoteFile, tmp_path: Path
 ) -> None:
-    with pytest.raises(DatasetError, match=r"must be as it was listed.*--refresh download"):
-        fetch(replace(file, checksum=None, version='"old"'), tmp_path / "f", patience=PATIENCE)
+    other = replace(file, checksum=None, version='"old"')
+    with pytest.raises(DatasetError, match=r"must be as it was listed.*--refresh download`"):
+        fetch(other, tmp_path / "f", patience=PATIENCE)
+    with pytest.raises(DatasetError, match=r"--refresh download-transfer`"):
+        fetch(other, tmp_path / "f", patience=PATIENCE, stage="download-transfer")
 
 
 def test_a_sound_copy_is_not_fetched_again(

@@ -192,3 +192,21 @@ def test_the_same_images_under_another_name_are_not_prepared_again(
     other = validate(merge(remote, {"data": {"source": "hub:a/tiny"}}))
     again = run_stages(other, tmp_path, until="prepare_data")
     assert statuses(again) == {"download": "computed", "prepare_data": "cached"}
+
+
+@pytest.mark.parametrize("stage", ["download", "download_transfer"])
+def test_its_messages_name_the_stage_to_refresh(
+    remote: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    named = []
+    real = download.download
+
+    def watched(*args: Any, **others: Any) -> Any:
+        named.append(others["stage"])
+        return real(*args, **others)
+
+    monkeypatch.setattr(download, "download", watched)
+    settings = validate(merge(remote, {"transfer": {"source": "hub:a/tiny"}}))
+    wanted = store.make_request(STAGES[stage], settings, tmp_path, {})
+    run_stage(wanted, download.compute)
+    assert named == [stage.replace("_", "-")]
