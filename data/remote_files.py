@@ -6,11 +6,11 @@ Hub's token is sent to the Hub alone; a redirect to another host drops it.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from data.patience import Patience, TryAgainError, asked_wait
+from data.patience import Patience, TryAgainError, asked_wait, try_again
 from data.records import DatasetError
 
 CHUNK = 2**18
@@ -47,7 +47,8 @@ def opened(
 
     Args:
         url: `https://`, or any other address that fsspec knows.
-        patience: Its `stall_seconds` bounds every wait for bytes.
+        patience: Over HTTP its `stall_seconds` bounds every wait for bytes; the library of another
+            store has time limits of its own.
         start: First byte wanted.
         end: Byte to end before; None for the end of the file.
         version: Content that the bytes before `start` are of; with another one the server begins
@@ -58,13 +59,15 @@ def opened(
         DatasetError: If the server refuses.
     """
     if not _is_http(url):
-        with _errors_of_fsspec(url):
-            filesystem, path = _filesystem(url)
-            details = filesystem.info(path)
-            with filesystem.open(path, "rb", cache_type="none") as file:
+        with ExitStack() as stack:
+            with _errors_of_fsspec(url):
+                filesystem, path = _filesystem(url)
+                details = filesystem.info(path)
+                file = stack.enter_context(filesystem.open(path, "rb", cache_type="none"))
                 file.seek(start)
-                wanted = (details["size"] if end is None else end) - start
-                yield Stream(start, details["size"], _version(details), _pieces(file, wanted))
+            # What the caller does with the pieces is no error of the store.
+            wanted = (details["size"] if end is None else end) - start
+            yield Stream(start, details["size"], _version(details), _pieces(url, file, wanted))
         return
     headers = {"Accept-Encoding": "identity", **_hub_headers(url)}
     if start or end is not None:
@@ -106,7 +109,7 @@ def find(pattern: str, patience: Patience) -> list[Found]:
     Args:
         pattern: An address; with `*` and the like where the kind of store can be listed, which
             HTTP cannot.
-        patience: Its `stall_seconds` bounds every wait.
+        patience: As that of `opened`.
 
     Raises:
         TryAgainError: If the server or the network failed.
@@ -161,7 +164,7 @@ def _errors_of_http(url: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise offline(url) from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # the HTTP client's, whichever
-        raise TryAgainError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        raise try_again(error) from error
 
 
 def offline(what: str) -> DatasetError:
@@ -229,8 +232,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _pieces(file: Any, wanted: int) -> Iterator[bytes]:
-    while wanted > 0 and (piece := file.read(min(CHUNK, wanted))):
+def _pieces(url: str, file: Any, wanted: int) -> Iterator[bytes]:
+    while wanted > 0:
+        with _errors_of_fsspec(url):
+            piece = file.read(min(CHUNK, wanted))
+        if not piece:
+            return
         wanted -= len(piece)
         yield piece
 
@@ -252,4 +259,9 @@ def _errors_of_fsspec(url: str) -> Iterator[None]:
             "credentials of its store."
         ) from error
     except OSError as error:
-        raise TryAgainError(f"{type(error).__name__}: {error}") from error
+        raise try_again(error) from error
+    except DatasetError:
+        raise
+    except Exception as error:  # the library of a store has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
+        raise DatasetError(f"{url} must be readable, its store's library says {reason}.") from error

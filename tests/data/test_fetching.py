@@ -1,16 +1,20 @@
 """Whatever a server does, a fetched file is whole and right, or there is one clear error."""
 
+import errno
 import hashlib
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data.catalogue import RemoteFile
 from data.fetching import PART, fetch
-from data.patience import DownloadError, Patience, asked_wait
+from data.patience import DownloadError, Patience, TryAgainError, asked_wait
 from data.records import DatasetError
+from data.remote_files import read_range
 from tests.data.standin_hub import Fault, StandInHub
 
 CONTENT = bytes(range(256)) * 400
@@ -221,3 +225,71 @@ def test_offline_is_a_clear_error(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DatasetError, match="HF_HUB_OFFLINE forbids it"):
         fetch(file, tmp_path / "f", patience=PATIENCE)
+
+
+@pytest.fixture
+def stored() -> RemoteFile:
+    """The same bytes in a store that fsspec knows, which publishes no checksum."""
+    fsspec.filesystem("memory").pipe({"/bucket/f": CONTENT})
+    return RemoteFile(name="f", url="memory://bucket/f", size=len(CONTENT))
+
+
+@pytest.mark.parametrize(
+    ("local", "shown", "message"),
+    [
+        (OSError(errno.ENOSPC, "full"), DatasetError, "The disk of .* is full"),
+        (InterruptedError("Stopped."), InterruptedError, "Stopped"),
+        (PermissionError(errno.EACCES, "no", "f.part"), PermissionError, r"f\.part"),
+    ],
+)
+def test_an_error_of_this_computer_is_not_said_to_be_the_stores(
+    stored: RemoteFile, tmp_path: Path, local: OSError, shown: type[Exception], message: str
+) -> None:
+    def report(done: int) -> None:
+        if done:
+            raise local
+
+    with pytest.raises(shown, match=message):
+        fetch(stored, tmp_path / "f", patience=PATIENCE, report=report)
+
+
+@pytest.mark.parametrize("asked", ["info", "open", "read"])
+@pytest.mark.parametrize(
+    ("raised", "shown", "message"),
+    [
+        (RuntimeError("no\ncredentials."), DatasetError, "says RuntimeError: no credentials.$"),
+        (PermissionError("no"), DatasetError, "credentials of its store"),
+        (OSError("cut"), TryAgainError, "OSError: cut"),
+    ],
+)
+def test_what_the_library_of_a_store_raises_is_one_clear_error(
+    stored: RemoteFile,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    raised: Exception,
+    shown: type[Exception],
+    message: str,
+) -> None:
+    def fail(*args: object, **others: object) -> None:
+        raise raised
+
+    filesystem = type(fsspec.filesystem("memory"))
+    if asked == "read":
+        monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail, raising=False)
+    else:
+        monkeypatch.setattr(filesystem, asked, fail)
+    with pytest.raises(shown, match=message):
+        read_range(stored.url, 0, 10, PATIENCE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "there-is-none.invalid"])
+def test_where_there_is_no_server_few_attempts_are_made(
+    file: RemoteFile, tmp_path: Path, host: str
+) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://{host}:{closed.getsockname()[1]}/f"
+        with pytest.raises(DownloadError, match="3 attempts in a row failed.*ConnectError"):
+            fetch(
+                replace(file, url=url), tmp_path / "f", patience=replace(PATIENCE, attempts=5)
+            )

@@ -13,7 +13,7 @@ from data.patience import Patience
 from data.records import DatasetError
 from tasks.child_process import run_in_child
 from tests.data.standin_hub import Fault, StandInHub
-from training import download, preflight, store
+from training import download, preflight, runner, store
 from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
 from training.settings import Settings, merge, validate
@@ -210,3 +210,24 @@ def test_its_messages_name_the_stage_to_refresh(
     wanted = store.make_request(STAGES[stage], settings, tmp_path, {})
     run_stage(wanted, download.compute)
     assert named == [stage.replace("_", "-")]
+
+
+def test_a_server_that_fails_is_one_line_and_no_traceback(
+    hub: StandInHub, remote: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.faults.append(Fault("status", 500, times=99))
+    wanted = request(validate(remote), tmp_path)
+    store.begin(wanted)
+    assert runner.main(download.compute, [str(wanted.directory), "--events"]) == 1
+    shown = capfd.readouterr()
+    assert "attempts in a row failed" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
+def test_the_settings_are_no_progress(remote: dict[str, Any], tmp_path: Path) -> None:
+    wanted = request(validate(remote), tmp_path)
+    store.begin(wanted)
+    assert store.progress_on_disk(wanted) == 0
+    (wanted.directory / "files").mkdir()
+    (wanted.directory / "files" / "config.yaml").write_bytes(b"12345")
+    assert store.progress_on_disk(wanted) == 5
