@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import catalogue
 from data.archives import extract
-from data.catalogue import Catalogue, count_files, folder_of, kept_files
+from data.catalogue import Catalogue, checksum_of, count_files, folder_of, kept_files
 from data.fetching import STAGE, fetch
 from data.listing import features_of, list_source
 from data.parquet_source import class_names, values_in
@@ -121,8 +121,14 @@ def _completed(found: Catalogue, directory: Path, stop: Stop) -> Catalogue:
     if found.label is not None and found.class_names is None:
         paths = [folder / file.name for file in found.files_of("train")]
         values = values_in(paths, found.label)
-        return replace(found, values=values, class_names=[str(value) for value in values])
-    return found
+        found = replace(found, values=values, class_names=[str(value) for value in values])
+    files = [
+        file
+        if file.checksum
+        else replace(file, checksum=checksum_of(folder / file.name, "sha256:"))
+        for file in found.files
+    ]
+    return replace(found, files=files)
 
 
 def _check_tables(found: Catalogue, directory: Path) -> None:

@@ -3,14 +3,13 @@
 import errno
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from data.catalogue import RemoteFile, is_whole
 from data.patience import DownloadError, Patience, Stop, TryAgainError, check_stop, never, pause
 from data.records import DatasetError
-from data.remote_files import opened
+from data.remote_files import opened, watched
 from data.shards import replace_durably, write_json
 
 PART = ".part"
@@ -115,13 +114,15 @@ class _Part:
 
     def check_version(self, version: str | None, start: int) -> None:
         """Raise if the server has other content now than at the last attempt, or as listed."""
-        if self.file.checksum is not None or version is None:
-            return  # the checksum decides
+        if version is None:
+            return
         if self.file.version not in (None, version):
             raise DatasetError(
                 f"{self.file.url} must be as it was listed, it has been replaced since. Take what "
                 f"there is now with `--refresh {self._stage}`."
             )
+        if self.file.checksum is not None:
+            return  # it decides
         if start and self.version not in ("", version):
             self.forget()
             raise TryAgainError("the file was replaced while it was read")
@@ -166,20 +167,12 @@ def _continue(part: _Part, patience: Patience, stop: Stop, report: Callable[[int
             copy.truncate(stream.start)
             copy.seek(stream.start)
             done = stream.start
-            since, came = time.monotonic(), 0
-            for piece in stream.chunks:
+            for piece in watched(stream.chunks, file.name, patience, stop):
                 copy.write(piece)
                 done += len(piece)
-                came += len(piece)
                 report(min(done, file.size))
-                check_stop(stop, file.name)
                 if done > file.size:
                     return  # it will be found wrong
-                now = time.monotonic()
-                if now - since > patience.stall_seconds:
-                    if came < patience.least_bytes:
-                        raise TryAgainError(f"only {came} bytes came in {now - since:.0f} s")
-                    since, came = now, 0
             copy.flush()
             os.fsync(copy.fileno())
     if done < file.size:

@@ -5,12 +5,21 @@ Hub's token is sent to the Hub alone; a redirect to another host drops it.
 """
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from data.patience import Patience, TryAgainError, asked_wait, try_again
+from data.patience import (
+    Patience,
+    Stop,
+    TryAgainError,
+    asked_wait,
+    check_stop,
+    never,
+    try_again,
+)
 from data.records import DatasetError
 
 CHUNK = 2**18
@@ -89,15 +98,42 @@ def opened(
         yield Stream(begins, size, known, response.iter_raw())
 
 
-def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
-    """Return the bytes from `start` to before `end`; errors as those of `opened`."""
+def watched(chunks: Iterator[bytes], what: str, patience: Patience, stop: Stop) -> Iterator[bytes]:
+    """Yield pieces as long as they come fast enough and nobody asks for a stop.
+
+    Both are looked at after a piece, which the caller has by then.
+
+    Args:
+        chunks: Of a `Stream`.
+        what: What they are of, for messages.
+        patience: `least_bytes` must come in `stall_seconds`.
+        stop: True ends it.
+
+    Raises:
+        TryAgainError: If next to nothing comes.
+        InterruptedError: If `stop` said so.
+    """
+    since, came = time.monotonic(), 0
+    for piece in chunks:
+        yield piece
+        check_stop(stop, what)
+        came += len(piece)
+        now = time.monotonic()
+        if now - since > patience.stall_seconds:
+            if came < patience.least_bytes:
+                raise TryAgainError(f"only {came} bytes came in {now - since:.0f} s")
+            since, came = now, 0
+
+
+def read_range(url: str, start: int, end: int, patience: Patience, stop: Stop = never) -> bytes:
+    """Return the bytes from `start` to before `end`; errors as those of `opened` and `watched`."""
     with opened(url, patience, start=start, end=end) as stream:
         if stream.start != start:
             raise DatasetError(
                 f"The server of {url} must send parts of files, it sends whole ones only. "
                 "Download the file yourself and use parquet:<path>."
             )
-        content = b"".join(stream.chunks)
+        content = b"".join(watched(stream.chunks, url, patience, stop))
     if len(content) != end - start:
         raise TryAgainError(f"{len(content)} bytes came instead of {end - start}")
     return content

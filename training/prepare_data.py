@@ -39,7 +39,9 @@ def compute(context: StageContext) -> StageOutcome:
             )
 
     manifest = prepare(
-        open_source(source, test_source, downloads=download and download.directory, scratch=scratch),
+        open_source(
+            source, test_source, downloads=download and download.directory, scratch=scratch
+        ),
         context.directory,
         side=settings.prepared_size,
         report=report,

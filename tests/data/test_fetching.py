@@ -289,7 +289,17 @@ def test_where_there_is_no_server_few_attempts_are_made(
     with socket.socket() as closed:  # bound, and nobody listens
         closed.bind(("127.0.0.1", 0))
         url = f"http://{host}:{closed.getsockname()[1]}/f"
-        with pytest.raises(DownloadError, match="3 attempts in a row failed.*ConnectError"):
-            fetch(
-                replace(file, url=url), tmp_path / "f", patience=replace(PATIENCE, attempts=5)
-            )
+        with pytest.raises(DownloadError, match=r"3 attempts in a row failed.*ConnectError"):
+            fetch(replace(file, url=url), tmp_path / "f", patience=replace(PATIENCE, attempts=5))
+
+
+def test_a_part_of_a_file_must_not_drip_either(hub: StandInHub, file: RemoteFile) -> None:
+    hub.faults.append(Fault("drip"))
+    with pytest.raises(TryAgainError, match=r"only \d+ bytes came in 0 s"):
+        read_range(file.url, 0, 500, PATIENCE)
+
+
+def test_the_reading_of_a_part_of_a_file_can_be_stopped(hub: StandInHub, file: RemoteFile) -> None:
+    hub.faults.append(Fault("drip"))
+    with pytest.raises(InterruptedError, match="the same command goes on there"):
+        read_range(file.url, 0, 500, replace(PATIENCE, stall_seconds=60), lambda: True)

@@ -213,8 +213,15 @@ def test_its_messages_name_the_stage_to_refresh(
 
 
 def test_a_server_that_fails_is_one_line_and_no_traceback(
-    hub: StandInHub, remote: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    hub: StandInHub,
+    remote: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    # What it changes in its own process, it must not change in that of the tests.
+    monkeypatch.setattr(runner, "_log_to_stdout", lambda *, events: None)
+    monkeypatch.setattr(runner.StopRequest, "listen", lambda self, *, parent: None)
     hub.faults.append(Fault("status", 500, times=99))
     wanted = request(validate(remote), tmp_path)
     store.begin(wanted)
