@@ -40,7 +40,7 @@ def compute(context: StageContext) -> StageOutcome:
 
     manifest = prepare(
         open_source(
-            source, test_source, downloads=download and download.directory, scratch=scratch
+            source, test_source, downloads=download.directory if download else None, scratch=scratch
         ),
         context.directory,
         side=settings.prepared_size,

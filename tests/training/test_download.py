@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from data import listing
+from data import downloads, listing
 from data.patience import Patience
 from data.records import DatasetError
 from tasks.child_process import run_in_child
@@ -18,6 +18,7 @@ from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
+from training.stopping import StopRequest
 from training.store import StageRequest, StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
@@ -199,7 +200,7 @@ def test_its_messages_name_the_stage_to_refresh(
     remote: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     named = []
-    real = download.download
+    real = downloads.download
 
     def watched(*args: Any, **others: Any) -> Any:
         named.append(others["stage"])
@@ -221,7 +222,7 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
 ) -> None:
     # What it changes in its own process, it must not change in that of the tests.
     monkeypatch.setattr(runner, "_log_to_stdout", lambda *, events: None)
-    monkeypatch.setattr(runner.StopRequest, "listen", lambda self, *, parent: None)
+    monkeypatch.setattr(StopRequest, "listen", lambda self, *, parent: None)
     hub.faults.append(Fault("status", 500, times=99))
     wanted = request(validate(remote), tmp_path)
     store.begin(wanted)
