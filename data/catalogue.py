@@ -33,10 +33,10 @@ class RemoteFile:
     size: int
     """In bytes."""
     checksum: str | None = None
-    """`sha256:...`, `md5:...` or `git:...` (the name of a blob) as its publisher states it; None if
-    nobody does."""
+    """`sha256:...`, `md5:...` or `git:...` (the name of a blob) as its publisher states it. Where
+    nobody does, None until the download is finished, and for a kept file that of the copy then."""
     version: str | None = None
-    """Tells this content from another one at the same address, where there is no checksum."""
+    """Tells this content from another one at the same address, before all of it is here."""
     split: Split | None = None
     """The images it holds; None for an archive of all of them."""
     rows: int = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.catalogue import Catalogue, RemoteFile, folder_of
-from data.fetching import fetch
+from data.fetching import STAGE, fetch
 from data.folder_source import EXTENSIONS, SPLIT_NAMES
 from data.parquet_source import read_rows
 from data.patience import Patience, Stop, check_stop, never
@@ -24,11 +24,13 @@ class Scratch:
         directory: Folder for two files at a time; made, and removed with what is left in it.
         patience: How often and how long servers are asked.
         stop: Asked while waiting; true ends it.
+        stage: What to refresh where a publisher has replaced a file, for messages.
     """
 
     directory: Path
     patience: Patience
     stop: Stop = never
+    stage: str = STAGE
 
     def remove(self) -> None:
         """Remove the folder, once everything is read."""
@@ -123,6 +125,7 @@ def _fetched(files: Sequence[RemoteFile], scratch: Scratch) -> Generator[Path, N
             target,
             patience=scratch.patience,
             stop=lambda: closing.is_set() or scratch.stop(),
+            stage=scratch.stage,
         )
         return target
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data import catalogue
 from data.archives import extract
-from data.catalogue import Catalogue, count_files, folder_of, kept_files
-from data.fetching import fetch
+from data.catalogue import Catalogue, checksum_of, count_files, folder_of, kept_files
+from data.fetching import STAGE, fetch
 from data.listing import features_of, list_source
 from data.parquet_source import class_names, values_in
 from data.patience import DownloadError, Patience, Stop, never
@@ -26,6 +26,7 @@ def download(
     report: Callable[[int, int], None],
     patience: Patience,
     stop: Stop = never,
+    stage: str = STAGE,
 ) -> list[Catalogue]:
     """Make `directory` hold what `specs` name, or, of what is too large, what it consists of.
 
@@ -38,6 +39,7 @@ def download(
         report: Called with the number of bytes that are there and in all, of files that are kept.
         patience: How often and how long servers are asked.
         stop: Asked often; true ends it, what came is kept.
+        stage: What to refresh where a publisher has replaced a file, for messages.
 
     Returns:
         One catalogue for each of `specs`, as written.
@@ -70,6 +72,7 @@ def download(
                     patience=patience,
                     stop=stop,
                     report=tell,
+                    stage=stage,
                 )
             before += file.size
             report(before, total)
@@ -118,8 +121,14 @@ def _completed(found: Catalogue, directory: Path, stop: Stop) -> Catalogue:
     if found.label is not None and found.class_names is None:
         paths = [folder / file.name for file in found.files_of("train")]
         values = values_in(paths, found.label)
-        return replace(found, values=values, class_names=[str(value) for value in values])
-    return found
+        found = replace(found, values=values, class_names=[str(value) for value in values])
+    files = [
+        file
+        if file.checksum
+        else replace(file, checksum=checksum_of(folder / file.name, "sha256:"))
+        for file in found.files
+    ]
+    return replace(found, files=files)
 
 
 def _check_tables(found: Catalogue, directory: Path) -> None:

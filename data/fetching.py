@@ -3,14 +3,13 @@
 import errno
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from data.catalogue import RemoteFile, is_whole
 from data.patience import DownloadError, Patience, Stop, TryAgainError, check_stop, never, pause
 from data.records import DatasetError
-from data.remote_files import opened
+from data.remote_files import opened, watched
 from data.shards import replace_durably, write_json
 
 PART = ".part"
@@ -18,6 +17,9 @@ PART = ".part"
 
 WRONG_COPIES = 3
 """Complete copies with a wrong length or checksum after which no other one is asked for."""
+
+STAGE = "download"
+"""Stage that takes what a publisher has now, unless a caller names another one."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -29,6 +31,7 @@ def fetch(
     patience: Patience,
     stop: Stop = never,
     report: Callable[[int], None] = lambda done: None,
+    stage: str = STAGE,
 ) -> None:
     """Make `target` a whole copy of a remote file; a sound one that is there is kept.
 
@@ -42,6 +45,7 @@ def fetch(
         patience: How often and how long.
         stop: Asked with every piece and while waiting; true ends it, what came is kept.
         report: Given the number of bytes that are there, at the beginning and with every piece.
+        stage: What to refresh where the publisher has replaced the file, for messages.
 
     Raises:
         DownloadError: If the server fails, or sends something else, as often as it is asked.
@@ -52,7 +56,7 @@ def fetch(
         report(file.size)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _Part(target.with_name(target.name + PART), file)
+    part = _Part(target.with_name(target.name + PART), file, stage)
     part.forget_if_foreign()
     failures = wrong = 0
     furthest = part.size
@@ -70,7 +74,7 @@ def fetch(
                 raise DownloadError(
                     f"{file.url} must have {file.size:,} bytes{_and_checksum(file)}; {wrong} "
                     "copies had others. A proxy may be in the way; otherwise its publisher has "
-                    "changed it: `--refresh download` takes what there is now."
+                    f"changed it: `--refresh {stage}` takes what there is now."
                 )
             raise TryAgainError("the copy is not what its publisher describes")
         except TryAgainError as error:
@@ -92,8 +96,8 @@ def fetch(
 class _Part:
     """The part of a file that has come so far, and a note beside it of which file that is."""
 
-    def __init__(self, path: Path, file: RemoteFile) -> None:
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: RemoteFile, stage: str) -> None:
+        self.path, self.file, self._stage = path, file, stage
         self._note = path.with_name(path.name + ".json")
 
     @property
@@ -110,13 +114,15 @@ class _Part:
 
     def check_version(self, version: str | None, start: int) -> None:
         """Raise if the server has other content now than at the last attempt, or as listed."""
-        if self.file.checksum is not None or version is None:
-            return  # the checksum decides
+        if version is None:
+            return
         if self.file.version not in (None, version):
             raise DatasetError(
                 f"{self.file.url} must be as it was listed, it has been replaced since. Take what "
-                "there is now with `--refresh download`."
+                f"there is now with `--refresh {self._stage}`."
             )
+        if self.file.checksum is not None:
+            return  # it decides
         if start and self.version not in ("", version):
             self.forget()
             raise TryAgainError("the file was replaced while it was read")
@@ -161,20 +167,12 @@ def _continue(part: _Part, patience: Patience, stop: Stop, report: Callable[[int
             copy.truncate(stream.start)
             copy.seek(stream.start)
             done = stream.start
-            since, came = time.monotonic(), 0
-            for piece in stream.chunks:
+            for piece in watched(stream.chunks, file.name, patience, stop):
                 copy.write(piece)
                 done += len(piece)
-                came += len(piece)
                 report(min(done, file.size))
-                check_stop(stop, file.name)
                 if done > file.size:
                     return  # it will be found wrong
-                now = time.monotonic()
-                if now - since > patience.stall_seconds:
-                    if came < patience.least_bytes:
-                        raise TryAgainError(f"only {came} bytes came in {now - since:.0f} s")
-                    since, came = now, 0
             copy.flush()
             os.fsync(copy.fileno())
     if done < file.size:

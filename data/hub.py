@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from data.catalogue import RemoteFile
 from data.folder_source import SPLIT_NAMES
-from data.patience import Patience, Stop, TryAgainError, asked_wait, persist
+from data.patience import Patience, Stop, TryAgainError, asked_wait, persist, try_again
 from data.records import DatasetError, Split
 from data.remote_files import gated, offline
 from data.specs import KNOWN, HubAddress, hub_address
@@ -226,4 +226,4 @@ def _errors(address: HubAddress) -> Iterator[None]:
             "Look at HF_TOKEN, if it is set: an expired one is refused."
         ) from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        raise TryAgainError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        raise try_again(error) from error

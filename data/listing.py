@@ -15,7 +15,7 @@ from data import hub
 from data.archives import unsafe_name
 from data.catalogue import Catalogue, RemoteFile
 from data.parquet_source import class_names, divide, image_column, label_column
-from data.patience import DownloadError, Patience, Stop, persist
+from data.patience import DownloadError, Patience, Stop, check_stop, persist
 from data.records import DatasetError, Split
 from data.remote_files import Found, find, read_range
 from data.specs import KNOWN, Archive
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 
 def list_source(spec: str, patience: Patience, stop: Stop) -> Catalogue:
     """Find out what a remote source holds.
+
+    A source with an archive elsewhere is taken from there if its tables cannot be listed. That is
+    decided here, once: if they cannot be fetched later, that is an error.
 
     Args:
         spec: Value of `data.source`, for which `data.specs.is_remote` holds.
@@ -140,16 +143,20 @@ def _read_footers(files: Sequence[RemoteFile], patience: Patience, stop: Stop) -
     def stopped() -> bool:
         return failed.is_set() or stop()
 
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="footers") as pool:
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="footers")
+    try:
         jobs = [pool.submit(_read_footer, file, patience, stopped) for file in files]
-        done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-        if waiting:
-            failed.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    # What is asked first is not what was stopped because of another one's error.
-    for job in [*done, *(job for job in jobs if job not in done)]:
-        job.result()
-    return [job.result() for job in jobs]
+        waiting = set(jobs)
+        while waiting:
+            done, waiting = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
+            check_stop(stop, f"the descriptions of {len(files)} files")
+            for job in done:
+                job.result()
+        return [job.result() for job in jobs]
+    finally:
+        # One that waits for a server ends by itself, nobody waits for it.
+        failed.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_footer(file: RemoteFile, patience: Patience, stop: Stop) -> Any:
@@ -160,7 +167,10 @@ def _read_footer(file: RemoteFile, patience: Patience, stop: Stop) -> Any:
     def tail(length: int) -> bytes:
         start = max(0, file.size - length)
         return persist(
-            lambda: read_range(file.url, start, file.size, patience), file.name, patience, stop
+            lambda: read_range(file.url, start, file.size, patience, stop),
+            file.name,
+            patience,
+            stop,
         )
 
     def read() -> Any:

@@ -3,6 +3,7 @@
 import email.utils
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 Stop = Callable[[], bool]
+
+UNREACHABLE_ATTEMPTS = 3
+"""Attempts in a row, the last of which found no server, after which there is no other one: a name
+that is not known or a port that is closed is a mistake more often than it passes."""
 
 _log = logging.getLogger(__name__)
 
@@ -21,10 +26,30 @@ class DownloadError(OSError):
 class TryAgainError(Exception):
     """One attempt failed in a way that the next one may not."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        """Say why, and after how many seconds the server wants to be asked again."""
+    def __init__(
+        self, reason: str, wait: float | None = None, *, unreachable: bool = False
+    ) -> None:
+        """Say why.
+
+        Args:
+            reason: Why.
+            wait: After how many seconds the server wants to be asked again.
+            unreachable: Whether there is no server at the address.
+        """
         super().__init__(reason.rstrip("."))
-        self.wait = wait
+        self.wait, self.unreachable = wait, unreachable
+
+
+def try_again(error: BaseException) -> TryAgainError:
+    """Return the error of an attempt that the network or a server ended, by what it raised."""
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    gone = any(isinstance(each, socket.gaierror | ConnectionRefusedError) for each in seen)
+    return TryAgainError(reason, unreachable=gone)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +119,10 @@ def pause(error: TryAgainError, failures: int, what: str, patience: Patience, st
         DownloadError: If this was the last one.
         InterruptedError: If `stop` said so.
     """
-    if failures >= patience.attempts:
+    most = patience.attempts
+    if error.unreachable:
+        most = min(most, UNREACHABLE_ATTEMPTS)
+    if failures >= most:
         raise DownloadError(
             f"{what} must be downloaded, {failures} attempts in a row failed; the last one: "
             f"{error}. Look at the network and run the same command again; it goes on there."

@@ -5,12 +5,21 @@ Hub's token is sent to the Hub alone; a redirect to another host drops it.
 """
 
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from data.patience import Patience, TryAgainError, asked_wait
+from data.patience import (
+    Patience,
+    Stop,
+    TryAgainError,
+    asked_wait,
+    check_stop,
+    never,
+    try_again,
+)
 from data.records import DatasetError
 
 CHUNK = 2**18
@@ -47,7 +56,8 @@ def opened(
 
     Args:
         url: `https://`, or any other address that fsspec knows.
-        patience: Its `stall_seconds` bounds every wait for bytes.
+        patience: Over HTTP its `stall_seconds` bounds every wait for bytes; the library of another
+            store has time limits of its own.
         start: First byte wanted.
         end: Byte to end before; None for the end of the file.
         version: Content that the bytes before `start` are of; with another one the server begins
@@ -58,13 +68,15 @@ def opened(
         DatasetError: If the server refuses.
     """
     if not _is_http(url):
-        with _errors_of_fsspec(url):
-            filesystem, path = _filesystem(url)
-            details = filesystem.info(path)
-            with filesystem.open(path, "rb", cache_type="none") as file:
+        with ExitStack() as stack:
+            with _errors_of_fsspec(url):
+                filesystem, path = _filesystem(url)
+                details = filesystem.info(path)
+                file = stack.enter_context(filesystem.open(path, "rb", cache_type="none"))
                 file.seek(start)
-                wanted = (details["size"] if end is None else end) - start
-                yield Stream(start, details["size"], _version(details), _pieces(file, wanted))
+            # What the caller does with the pieces is no error of the store.
+            wanted = (details["size"] if end is None else end) - start
+            yield Stream(start, details["size"], _version(details), _pieces(url, file, wanted))
         return
     headers = {"Accept-Encoding": "identity", **_hub_headers(url)}
     if start or end is not None:
@@ -86,15 +98,42 @@ def opened(
         yield Stream(begins, size, known, response.iter_raw())
 
 
-def read_range(url: str, start: int, end: int, patience: Patience) -> bytes:
-    """Return the bytes from `start` to before `end`; errors as those of `opened`."""
+def watched(chunks: Iterator[bytes], what: str, patience: Patience, stop: Stop) -> Iterator[bytes]:
+    """Yield pieces as long as they come fast enough and nobody asks for a stop.
+
+    Both are looked at after a piece, which the caller has by then.
+
+    Args:
+        chunks: Of a `Stream`.
+        what: What they are of, for messages.
+        patience: `least_bytes` must come in `stall_seconds`.
+        stop: True ends it.
+
+    Raises:
+        TryAgainError: If next to nothing comes.
+        InterruptedError: If `stop` said so.
+    """
+    since, came = time.monotonic(), 0
+    for piece in chunks:
+        yield piece
+        check_stop(stop, what)
+        came += len(piece)
+        now = time.monotonic()
+        if now - since > patience.stall_seconds:
+            if came < patience.least_bytes:
+                raise TryAgainError(f"only {came} bytes came in {now - since:.0f} s")
+            since, came = now, 0
+
+
+def read_range(url: str, start: int, end: int, patience: Patience, stop: Stop = never) -> bytes:
+    """Return the bytes from `start` to before `end`; errors as those of `opened` and `watched`."""
     with opened(url, patience, start=start, end=end) as stream:
         if stream.start != start:
             raise DatasetError(
                 f"The server of {url} must send parts of files, it sends whole ones only. "
                 "Download the file yourself and use parquet:<path>."
             )
-        content = b"".join(stream.chunks)
+        content = b"".join(watched(stream.chunks, url, patience, stop))
     if len(content) != end - start:
         raise TryAgainError(f"{len(content)} bytes came instead of {end - start}")
     return content
@@ -106,7 +145,7 @@ def find(pattern: str, patience: Patience) -> list[Found]:
     Args:
         pattern: An address; with `*` and the like where the kind of store can be listed, which
             HTTP cannot.
-        patience: Its `stall_seconds` bounds every wait.
+        patience: As that of `opened`.
 
     Raises:
         TryAgainError: If the server or the network failed.
@@ -161,7 +200,7 @@ def _errors_of_http(url: str) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise offline(url) from error
     except errors.HTTPError as error:  # type: ignore[attr-defined]  # the HTTP client's, whichever
-        raise TryAgainError(f"{type(error).__name__}: {error}".rstrip(": ")) from error
+        raise try_again(error) from error
 
 
 def offline(what: str) -> DatasetError:
@@ -229,8 +268,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _pieces(file: Any, wanted: int) -> Iterator[bytes]:
-    while wanted > 0 and (piece := file.read(min(CHUNK, wanted))):
+def _pieces(url: str, file: Any, wanted: int) -> Iterator[bytes]:
+    while wanted > 0:
+        with _errors_of_fsspec(url):
+            piece = file.read(min(CHUNK, wanted))
+        if not piece:
+            return
         wanted -= len(piece)
         yield piece
 
@@ -252,4 +295,9 @@ def _errors_of_fsspec(url: str) -> Iterator[None]:
             "credentials of its store."
         ) from error
     except OSError as error:
-        raise TryAgainError(f"{type(error).__name__}: {error}") from error
+        raise try_again(error) from error
+    except DatasetError:
+        raise
+    except Exception as error:  # the library of a store has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
+        raise DatasetError(f"{url} must be readable, its store's library says {reason}.") from error

@@ -28,6 +28,7 @@ def compute(context: StageContext) -> StageOutcome:
         report=report,
         patience=PATIENCE,
         stop=lambda: bool(context.stop),
+        stage=context.request.stage.replace("_", "-"),  # as the command line names it
     )
     counts: Counter[str] = Counter()
     for each in found:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.downloaded_source import Scratch
 from data.duplicates import has_copy
+from data.fetching import STAGE
 from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData
@@ -22,11 +23,12 @@ def compute(context: StageContext) -> StageOutcome:
     """Prepare the images of a source; finished shards of an earlier attempt are kept."""
     settings = context.settings
     source, test_source = data_source(context.request.stage, settings)
-    downloads = context.input("download") if "download" in context.request.inputs else None
+    download = context.request.inputs.get("download")
     scratch = Scratch(
         directory=context.directory / "fetched",
         patience=Patience(),
         stop=lambda: bool(context.stop),
+        stage=download.stage.replace("_", "-") if download else STAGE,
     )
 
     def report(done: int, total: int) -> None:
@@ -38,7 +40,9 @@ def compute(context: StageContext) -> StageOutcome:
             )
 
     manifest = prepare(
-        open_source(source, test_source, downloads=downloads, scratch=scratch),
+        open_source(
+            source, test_source, downloads=download.directory if download else None, scratch=scratch
+        ),
         context.directory,
         side=settings.prepared_size,
         report=report,

@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from data.patience import DownloadError
 from training import hardware, progress, store
 from training.errors import USER_ERRORS
 from training.lock import locked
@@ -149,6 +150,11 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
         if not options.events:
             logger.error("%s", error)
         return EXIT_USER_ERROR
+    except DownloadError as error:  # a server's, which no traceback explains
+        emit(error={"type": type(error).__name__, "message": str(error)})
+        if not options.events:
+            logger.error("%s", error)
+        return 1
     except Exception as error:
         emit(error={"type": type(error).__name__, "message": str(error)})
         traceback.print_exc()

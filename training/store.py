@@ -277,12 +277,15 @@ def newest_checkpoint(directory: Path) -> Path | None:
 def progress_on_disk(request: StageRequest) -> int:
     """Return how far an unfinished stage came: a number that grows from attempt to attempt.
 
-    Of a training the step of its newest checkpoint, of any other stage the bytes that it wrote.
+    Of a training the step of its newest checkpoint, of any other stage the bytes that it wrote,
+    without the `config.yaml` that every attempt begins with.
     """
     if STAGES[request.stage].trains:
         return newest_step(request.directory) or 0
     written = 0
     for path in request.directory.rglob("*"):
+        if path == request.directory / "config.yaml":
+            continue
         with suppress(OSError):  # another process may be at work here
             written += path.stat().st_size if path.is_file() else 0
     return written

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from PIL import Image
 from torchvision.datasets import Imagenette
@@ -18,7 +19,7 @@ from data import catalogue, downloads, listing, specs
 from data.patience import DownloadError
 from data.records import DatasetError
 from data.sources import open_source
-from tests.data.standin_data import PATIENCE, get, reds
+from tests.data.standin_data import PATIENCE, get, parquet, reds
 from tests.data.standin_hub import StandInHub
 
 
@@ -91,6 +92,25 @@ def test_a_copied_download_is_still_sound(main_branch: StandInHub, tmp_path: Pat
     get("hub:a/b", tmp_path / "d")
     shutil.copytree(tmp_path / "d", tmp_path / "e", copy_function=shutil.copyfile)
     assert catalogue.verify(tmp_path / "e") is None
+
+
+def test_without_a_publishers_checksum_the_copy_that_came_is_the_one_that_counts(
+    tmp_path: Path,
+) -> None:
+    store = fsspec.filesystem("memory")
+    name, spec = "/unsigned/train.parquet", "parquet:memory://unsigned/train.parquet"
+    first = parquet(range(4))
+    second = first[:100] + bytes([first[100] ^ 1]) + first[101:]  # of an image
+    store.pipe({name: first})
+    found = get(spec, tmp_path / "d")
+    assert get(spec, tmp_path / "d").files == found.files
+    (path,) = catalogue.kept_files(tmp_path / "d", found)
+    path.write_bytes(second)
+    assert "has other bytes than were downloaded" in (catalogue.verify(tmp_path / "d") or "")
+    get(spec, tmp_path / "d")
+    assert path.read_bytes() == first
+    store.pipe({name: second})
+    assert downloads.digest([get(spec, tmp_path / "e")]) != downloads.digest([found])
 
 
 def test_a_disk_that_is_too_small_is_said_before(

@@ -1,16 +1,20 @@
 """Whatever a server does, a fetched file is whole and right, or there is one clear error."""
 
+import errno
 import hashlib
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data.catalogue import RemoteFile
 from data.fetching import PART, fetch
-from data.patience import DownloadError, Patience, asked_wait
+from data.patience import DownloadError, Patience, TryAgainError, asked_wait
 from data.records import DatasetError
+from data.remote_files import read_range
 from tests.data.standin_hub import Fault, StandInHub
 
 CONTENT = bytes(range(256)) * 400
@@ -147,8 +151,11 @@ def test_a_part_of_another_file_is_not_gone_on_with(
 def test_a_file_that_is_no_longer_the_listed_one_is_refused(
     hub: StandInHub, file: RemoteFile, tmp_path: Path
 ) -> None:
-    with pytest.raises(DatasetError, match=r"must be as it was listed.*--refresh download"):
-        fetch(replace(file, checksum=None, version='"old"'), tmp_path / "f", patience=PATIENCE)
+    other = replace(file, checksum=None, version='"old"')
+    with pytest.raises(DatasetError, match=r"must be as it was listed.*--refresh download`"):
+        fetch(other, tmp_path / "f", patience=PATIENCE)
+    with pytest.raises(DatasetError, match=r"--refresh download-transfer`"):
+        fetch(other, tmp_path / "f", patience=PATIENCE, stage="download-transfer")
 
 
 def test_a_sound_copy_is_not_fetched_again(
@@ -218,3 +225,81 @@ def test_offline_is_a_clear_error(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(DatasetError, match="HF_HUB_OFFLINE forbids it"):
         fetch(file, tmp_path / "f", patience=PATIENCE)
+
+
+@pytest.fixture
+def stored() -> RemoteFile:
+    """The same bytes in a store that fsspec knows, which publishes no checksum."""
+    fsspec.filesystem("memory").pipe({"/bucket/f": CONTENT})
+    return RemoteFile(name="f", url="memory://bucket/f", size=len(CONTENT))
+
+
+@pytest.mark.parametrize(
+    ("local", "shown", "message"),
+    [
+        (OSError(errno.ENOSPC, "full"), DatasetError, "The disk of .* is full"),
+        (InterruptedError("Stopped."), InterruptedError, "Stopped"),
+        (PermissionError(errno.EACCES, "no", "f.part"), PermissionError, r"f\.part"),
+    ],
+)
+def test_an_error_of_this_computer_is_not_said_to_be_the_stores(
+    stored: RemoteFile, tmp_path: Path, local: OSError, shown: type[Exception], message: str
+) -> None:
+    def report(done: int) -> None:
+        if done:
+            raise local
+
+    with pytest.raises(shown, match=message):
+        fetch(stored, tmp_path / "f", patience=PATIENCE, report=report)
+
+
+@pytest.mark.parametrize("asked", ["info", "open", "read"])
+@pytest.mark.parametrize(
+    ("raised", "shown", "message"),
+    [
+        (RuntimeError("no\ncredentials."), DatasetError, "says RuntimeError: no credentials.$"),
+        (PermissionError("no"), DatasetError, "credentials of its store"),
+        (OSError("cut"), TryAgainError, "OSError: cut"),
+    ],
+)
+def test_what_the_library_of_a_store_raises_is_one_clear_error(
+    stored: RemoteFile,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    raised: Exception,
+    shown: type[Exception],
+    message: str,
+) -> None:
+    def fail(*args: object, **others: object) -> None:
+        raise raised
+
+    filesystem = type(fsspec.filesystem("memory"))
+    if asked == "read":
+        monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail, raising=False)
+    else:
+        monkeypatch.setattr(filesystem, asked, fail)
+    with pytest.raises(shown, match=message):
+        read_range(stored.url, 0, 10, PATIENCE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "there-is-none.invalid"])
+def test_where_there_is_no_server_few_attempts_are_made(
+    file: RemoteFile, tmp_path: Path, host: str
+) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://{host}:{closed.getsockname()[1]}/f"
+        with pytest.raises(DownloadError, match=r"3 attempts in a row failed.*ConnectError"):
+            fetch(replace(file, url=url), tmp_path / "f", patience=replace(PATIENCE, attempts=5))
+
+
+def test_a_part_of_a_file_must_not_drip_either(hub: StandInHub, file: RemoteFile) -> None:
+    hub.faults.append(Fault("drip"))
+    with pytest.raises(TryAgainError, match=r"only \d+ bytes came in 0 s"):
+        read_range(file.url, 0, 500, PATIENCE)
+
+
+def test_the_reading_of_a_part_of_a_file_can_be_stopped(hub: StandInHub, file: RemoteFile) -> None:
+    hub.faults.append(Fault("drip"))
+    with pytest.raises(InterruptedError, match="the same command goes on there"):
+        read_range(file.url, 0, 500, replace(PATIENCE, stall_seconds=60), lambda: True)

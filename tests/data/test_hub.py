@@ -142,5 +142,5 @@ def test_a_card_that_cannot_be_fetched_is_not_taken_for_none(
 
 
 def test_a_hub_that_is_down_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="list of files of a/b must be downloaded, 4 attempts"):
+    with pytest.raises(DownloadError, match="list of files of a/b must be downloaded, 3 attempts"):
         get("hub:a/b", tmp_path)

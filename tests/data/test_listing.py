@@ -1,12 +1,15 @@
 """What is known of a remote source before its images are fetched."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from data.listing import list_source
 from data.records import DatasetError
-from tests.data.standin_data import get, parquet, reds
+from tests.data.standin_data import PATIENCE, get, parquet, reds
 from tests.data.standin_hub import Fault, StandInHub
 
 
@@ -19,6 +22,24 @@ def test_the_first_error_of_many_files_ends_the_reading_of_all(
     with pytest.raises(DatasetError, match="the server answered 403"):
         get("hub:a/b", tmp_path)
     assert len(hub.content_requests()) < 30
+
+
+def test_a_stop_ends_the_listing_while_a_server_is_silent(hub: StandInHub) -> None:
+    files = {f"things/{part}/0000.parquet": parquet(range(2)) for part in ("train", "test")}
+    hub.add("a/b", files, revisions=("main", "refs/convert/parquet"))
+    hub.faults.append(Fault("stall", times=99))
+    patience = replace(PATIENCE, stall_seconds=5.0)
+    asked = 0.0
+
+    def stop() -> bool:
+        nonlocal asked
+        if hub.content_requests():
+            asked = asked or time.monotonic()
+        return asked > 0
+
+    with pytest.raises(InterruptedError, match="the descriptions of 2 files"):
+        list_source("hub:a/b@refs/convert/parquet", patience, stop)
+    assert time.monotonic() - asked < 1
 
 
 def test_files_that_do_not_fit_each_other_are_refused(hub: StandInHub, tmp_path: Path) -> None:

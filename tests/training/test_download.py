@@ -8,16 +8,17 @@ from typing import Any
 import datasets
 import pytest
 
-from data import listing
+from data import downloads, listing
 from data.patience import Patience
 from data.records import DatasetError
 from tasks.child_process import run_in_child
 from tests.data.standin_hub import Fault, StandInHub
-from training import download, preflight, store
+from training import download, preflight, runner, store
 from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
+from training.stopping import StopRequest
 from training.store import StageRequest, StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
@@ -192,3 +193,49 @@ def test_the_same_images_under_another_name_are_not_prepared_again(
     other = validate(merge(remote, {"data": {"source": "hub:a/tiny"}}))
     again = run_stages(other, tmp_path, until="prepare_data")
     assert statuses(again) == {"download": "computed", "prepare_data": "cached"}
+
+
+@pytest.mark.parametrize("stage", ["download", "download_transfer"])
+def test_its_messages_name_the_stage_to_refresh(
+    remote: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    named = []
+    real = downloads.download
+
+    def watched(*args: Any, **others: Any) -> Any:
+        named.append(others["stage"])
+        return real(*args, **others)
+
+    monkeypatch.setattr(download, "download", watched)
+    settings = validate(merge(remote, {"transfer": {"source": "hub:a/tiny"}}))
+    wanted = store.make_request(STAGES[stage], settings, tmp_path, {})
+    run_stage(wanted, download.compute)
+    assert named == [stage.replace("_", "-")]
+
+
+def test_a_server_that_fails_is_one_line_and_no_traceback(
+    hub: StandInHub,
+    remote: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # What it changes in its own process, it must not change in that of the tests.
+    monkeypatch.setattr(runner, "_log_to_stdout", lambda *, events: None)
+    monkeypatch.setattr(StopRequest, "listen", lambda self, *, parent: None)
+    hub.faults.append(Fault("status", 500, times=99))
+    wanted = request(validate(remote), tmp_path)
+    store.begin(wanted)
+    assert runner.main(download.compute, [str(wanted.directory), "--events"]) == 1
+    shown = capfd.readouterr()
+    assert "attempts in a row failed" in shown.out
+    assert "Traceback" not in shown.out + shown.err
+
+
+def test_the_settings_are_no_progress(remote: dict[str, Any], tmp_path: Path) -> None:
+    wanted = request(validate(remote), tmp_path)
+    store.begin(wanted)
+    assert store.progress_on_disk(wanted) == 0
+    (wanted.directory / "files").mkdir()
+    (wanted.directory / "files" / "config.yaml").write_bytes(b"12345")
+    assert store.progress_on_disk(wanted) == 5
