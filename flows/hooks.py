@@ -70,9 +70,7 @@ def _note_end(flow_run: FlowRun, state: State[Any], logger: AnyLogger) -> None:
 
 def close_orphans(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Close the task runs of a killed process, which would be shown as running for ever."""
-    with get_client(sync_client=True) as client:
-        for orphan in _unfinished(client, FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))):
-            _close(client, orphan, f"Its flow run ended: {state.message}")
+    _close_task_runs(flow_run.id, f"Its flow run ended: {state.message}")
 
 
 def close_own_orphans() -> None:
@@ -80,10 +78,7 @@ def close_own_orphans() -> None:
 
     Where an automation found that the process was gone, no hook was called.
     """
-    mine = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(str(runtime.flow_run.id))]))
-    with get_client(sync_client=True) as client:
-        for orphan in _unfinished(client, mine):
-            _close(client, orphan, "Its process was killed.")
+    _close_task_runs(UUID(str(runtime.flow_run.id)), "Its process was killed.")
 
 
 def tidy_up_after_others() -> None:
@@ -101,24 +96,28 @@ def tidy_up_after_others() -> None:
         ),
     )
     with get_client(sync_client=True) as client:
-        orphans = _unfinished(client, ended)
-        for orphan in orphans:
-            _close(client, orphan, "Its process was killed.")
+        orphans = _close_unfinished(client, ended, "Its process was killed.")
         for run_id in {orphan.flow_run_id for orphan in orphans if orphan.flow_run_id}:
             run = client.read_flow_run(run_id)
             if run.state is not None:
                 _note_end(run, run.state, logging.getLogger("training.flow"))
 
 
-def _unfinished(client: SyncPrefectClient, of_runs: FlowRunFilter) -> list[TaskRun]:
+def _close_task_runs(flow_run_id: UUID, message: str) -> None:
+    with get_client(sync_client=True) as client:
+        run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+        _close_unfinished(client, run, message)
+
+
+def _close_unfinished(
+    client: SyncPrefectClient, of_runs: FlowRunFilter, message: str
+) -> list[TaskRun]:
     running = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
-    found: list[TaskRun] = client.read_task_runs(
+    orphans: list[TaskRun] = client.read_task_runs(
         flow_run_filter=of_runs,
         task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=running)),
     )
-    return found
-
-
-def _close(client: SyncPrefectClient, orphan: TaskRun, message: str) -> None:
-    ended: State[None] = Crashed(message=message)
-    client.set_task_run_state(orphan.id, ended, force=True)
+    for orphan in orphans:
+        ended: State[None] = Crashed(message=message)
+        client.set_task_run_state(orphan.id, ended, force=True)
+    return orphans
