@@ -26,7 +26,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import Crashed
 
 from flows.parameters import RunParameters
-from flows.service import OUR_TAG
+from flows.service import AUTO_RESUME, MOST_CRASHES, OUR_TAG
 from training import run_record
 
 AnyLogger = Logger | LoggerAdapter[Any]
@@ -73,12 +73,20 @@ def close_orphans(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
     _close_task_runs(flow_run.id, f"Its flow run ended: {state.message}")
 
 
-def close_own_orphans() -> None:
+def after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Close the orphans, and leave a run that has crashed often to a person."""
+    close_orphans(flow, flow_run, state)
+    _bound_restarts(flow_run.id, flow_run_logger(flow_run, flow))
+
+
+def go_on_after_crash() -> None:
     """Do the same at the start of another attempt at the current flow run.
 
     Where an automation found that the process was gone, no hook was called.
     """
-    _close_task_runs(UUID(str(runtime.flow_run.id)), "Its process was killed.")
+    run_id = UUID(str(runtime.flow_run.id))
+    _close_task_runs(run_id, "Its process was killed.")
+    _bound_restarts(run_id, logging.getLogger("training.flow"))
 
 
 def tidy_up_after_others() -> None:
@@ -101,6 +109,27 @@ def tidy_up_after_others() -> None:
             run = client.read_flow_run(run_id)
             if run.state is not None:
                 _note_end(run, run.state, logging.getLogger("training.flow"))
+
+
+def _bound_restarts(flow_run_id: UUID, logger: AnyLogger) -> None:
+    """Take the tag that starts a crashed run again from one that has crashed `MOST_CRASHES` times.
+
+    Crashes are counted, not starts: a process can die before Prefect counts it as one, and a person
+    may press *Retry* as often as they like.
+    """
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(flow_run_id)
+        if AUTO_RESUME not in run.tags:
+            return
+        states = client.read_flow_run_states(flow_run_id)
+        if sum(state.is_crashed() for state in states) < MOST_CRASHES:
+            return
+        client.update_flow_run(flow_run_id, tags=set(run.tags) - {AUTO_RESUME})
+    logger.warning(
+        "This flow run has crashed %d times: from now on it is not started again by itself. Look "
+        "at why it crashes, then press Retry or run the deployment again: it resumes.",
+        MOST_CRASHES,
+    )
 
 
 def _close_task_runs(flow_run_id: UUID, message: str) -> None:

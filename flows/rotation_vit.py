@@ -9,7 +9,13 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import deployment, flow_run
 
-from flows.hooks import close_orphans, close_own_orphans, note_end, tidy_up_after_others
+from flows.hooks import (
+    after_crash,
+    close_orphans,
+    go_on_after_crash,
+    note_end,
+    tidy_up_after_others,
+)
 from flows.parameters import RunParameters, StageName, run_name
 from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
@@ -44,20 +50,12 @@ TASKS: dict[str, StageTask] = {
 }
 """The task that delivers each stage, in the order in which they run."""
 
-MOST_RUNS = 6
-"""Times that Prefect may start the same flow run, the first one included, before it is left to a
-person: a run tagged `auto-resume` that crashes again and again."""
-
 ENDS_BADLY: dict[str, Any] = {
     "on_failure": [note_end],
-    "on_crashed": [note_end, close_orphans],
+    "on_crashed": [note_end, after_crash],
     "on_cancellation": [note_end, close_orphans],
 }
 """Hooks of every flow."""
-
-
-class CrashedTooOftenError(RuntimeError):
-    """A flow run has been started again so often that it seems pointless."""
 
 
 @flow(name="rotation-vit", flow_run_name=run_name, **ENDS_BADLY)
@@ -99,20 +97,12 @@ def run_stages(
 
     Returns:
         The content of the run's `results.json`.
-
-    Raises:
-        CrashedTooOftenError: If Prefect has started this flow run `MOST_RUNS` times.
     """
     for name in ("training", "models", "data"):
         # Prefect attaches its handler to these (pyproject.toml), but leaves their level alone.
         logging.getLogger(name).setLevel(logging.INFO)
-    if (flow_run.run_count or 0) > MOST_RUNS:
-        raise CrashedTooOftenError(
-            f"This flow run has been started {flow_run.run_count} times, and may be {MOST_RUNS} "
-            "times. Look at why it crashes, then run the deployment again: it resumes."
-        )
     if (flow_run.run_count or 0) > 1:
-        close_own_orphans()
+        go_on_after_crash()
     with suppress(Exception):  # other runs' business must not end this one
         tidy_up_after_others()
     stages = plan(settings, until)

@@ -36,12 +36,22 @@ OUR_TAG = "rotation-vit"
 AUTO_RESUME = "auto-resume"
 """Tag of flow runs that are started again when they crash."""
 
+MOST_CRASHES = 5
+"""Crashes after which a flow run loses the tag and is left to a person."""
+
 HEARTBEAT_SECONDS = 30
 """Time between two signs of life of a flow run; the shortest that Prefect allows."""
 
 SILENCE_SECONDS = 115
 """Silence after which a flow run counts as crashed. A run whose server was away for a minute is
 silent for up to 90 seconds; somebody who waits should know within two minutes."""
+
+RESUME_SECONDS = 10
+"""Time between a crash and the next start of a run that resumes by itself; Prefect allows no
+less."""
+
+STARTED_AGAIN = ("Scheduled", "AwaitingRetry", "Pending", "Running")
+"""States of a crashed run that somebody has started again."""
 
 STOP_SECONDS = 40
 """Longest time that the worker may take to stop: its trainings save their state."""
@@ -64,6 +74,8 @@ def environment(home: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
+        # Five minutes by default, for which a run that has lost its tag would be started again.
+        "PREFECT_SERVER_EVENTS_RELATED_RESOURCE_CACHE_TTL": "PT1S",
         "PWD": str(ROOT),  # prefect.yaml names it, and cwd= does not change it
         "DO_NOT_TRACK": "1",
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", "3"),
@@ -149,13 +161,17 @@ def automations() -> list["AutomationCore"]:
             name="rotation-vit: resume crashed runs",
             description=f"Starts crashed flow runs tagged {AUTO_RESUME} again; they resume.",
             trigger=EventTrigger(
-                posture=Posture.Reactive,
-                expect={"prefect.flow-run.Crashed"},
+                # Not at once: the worker reports some deaths a second time some seconds later, but
+                # only of runs that are not in a final state. Started again by then, the run would
+                # be crashed and started once more, beside the attempt that is under way.
+                posture=Posture.Proactive,
+                after={"prefect.flow-run.Crashed"},
+                expect={f"prefect.flow-run.{name}" for name in STARTED_AGAIN},
                 match=any_run,
                 match_related=to_resume,
                 for_each={"prefect.resource.id"},
                 threshold=1,
-                within=timedelta(0),
+                within=timedelta(seconds=RESUME_SECONDS),
             ),
             actions=[
                 ChangeFlowRunState(

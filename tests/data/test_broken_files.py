@@ -319,6 +319,7 @@ print(used, time.process_time() - processor)
 """
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_at_once_and_in_little_memory(tmp_path: Path) -> None:
     bombs = [name for name, each in BROKEN.items() if each.reason == TOO_LARGE]
     assert len(bombs) == 10

@@ -23,11 +23,14 @@ from prefect.client.schemas.filters import (
     ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     LogFilter,
     LogFilterFlowRunId,
 )
-from prefect.client.schemas.objects import Artifact, FlowRun, TaskRun
+from prefect.client.schemas.objects import Artifact, FlowRun, StateType, TaskRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled
 
 from flows import service
 from tasks.gpu_slot import SLOT
@@ -199,7 +202,7 @@ class Prefect:
         if self.worker is None:
             return []
         children = psutil.Process(self.worker.pid).children(recursive=True)
-        return [child for child in children if "flow_engine" in " ".join(_words(child))]
+        return [child for child in children if "prefect.engine" in _words(child)]
 
     def run_json(self, seed: int) -> dict[str, Any]:
         """Return the record of the run with that seed."""
@@ -209,6 +212,11 @@ class Prefect:
                 return facts
         raise AssertionError(f"no run with seed {seed}")
 
+    def saved_step(self, seed: int) -> int:
+        """Return the step of the checkpoint that a run's record names; 0 for none."""
+        found = re.search(r"step-0*(\d+)", self.run_json(seed).get("last_checkpoint") or "")
+        return int(found[1]) if found else 0
+
     def result_of(self, seed: int) -> dict[str, Any]:
         """Return the result of the pretraining with that seed."""
         for path in self.outputs.glob("pretrain/*/result.json"):
@@ -216,6 +224,23 @@ class Prefect:
                 found: dict[str, Any] = json.loads(path.read_bytes())
                 return found
         raise AssertionError(f"no pretraining with seed {seed}")
+
+    def clear(self) -> None:
+        """End what still runs."""
+        unfinished = FlowRunFilterStateType(
+            any_=[StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+        )
+        with self._client() as client:
+            runs = client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=unfinished))
+            )
+            for run in runs:
+                client.set_flow_run_state(
+                    run.id, Cancelled(message="The test is over."), force=True
+                )
+        for process in self.engines():
+            process.kill()
+        self.wait_until(lambda: self.stage_process() is None, 60)
 
     def set_up(self) -> None:
         """Make what the flows need on the server, as `make ui` does at every start."""

@@ -1,12 +1,13 @@
 """What happens by itself when a part of a run is killed, stopped or away, and what a user types."""
 
 import os
-import re
 import shlex
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -15,8 +16,13 @@ import psutil
 import pytest
 from prefect.client.schemas.objects import Artifact
 
-from flows.rotation_vit import MOST_RUNS
-from flows.service import AUTO_RESUME, HEARTBEAT_SECONDS, SILENCE_SECONDS
+from flows.service import (
+    AUTO_RESUME,
+    HEARTBEAT_SECONDS,
+    MOST_CRASHES,
+    RESUME_SECONDS,
+    SILENCE_SECONDS,
+)
 
 if TYPE_CHECKING:  # the tests are no package that could be imported from
     from tests.e2e.conftest import Prefect
@@ -28,7 +34,12 @@ LONG = "pretrain.epochs=300"
 
 ENDLESS = "pretrain.epochs=100000"
 
-GIVES_UP = "This flow run has been started 7 times"
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(prefect: "Prefect") -> Iterator[None]:
+    """A test that fails must not leave a training that holds the slot of all others."""
+    yield
+    prefect.clear()
 
 
 def test_a_killed_stage_is_retried_by_the_task_and_resumes(prefect: "Prefect") -> None:
@@ -64,9 +75,7 @@ def test_a_killed_flow_run_is_crashed_resumed_by_itself_and_its_orphans_are_clos
     assert time.monotonic() - killed < 120
     stage.wait(30)
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"
-    # The worker reports some deaths twice (Prefect 3.8.8): then two attempts run, and the lock of
-    # the stage makes that harmless.
-    assert prefect.flow_run(run).run_count <= MOST_RUNS
+    assert prefect.flow_run(run).run_count == 2, "though the worker reports some deaths twice"
     trainings = [task for task in prefect.task_runs(run) if task.name == "pretrain"]
     oldest, *later = sorted(trainings, key=lambda task: task.created or 0)
     assert oldest.state_name == "Crashed", "the orphan is closed"
@@ -74,19 +83,33 @@ def test_a_killed_flow_run_is_crashed_resumed_by_itself_and_its_orphans_are_clos
     assert prefect.result_of(2)["status"] == "resumed"
 
 
-def test_a_run_that_crashes_again_and_again_is_left_to_a_person(prefect: "Prefect") -> None:
-    assert MOST_RUNS == 6
+@pytest.mark.parametrize("when", ["running", "starting"])
+def test_a_run_that_crashes_again_and_again_is_left_to_a_person(
+    prefect: "Prefect", when: str
+) -> None:
+    seed = {"running": 8, "starting": 14}[when]
     run = prefect.deployment_run(
-        "pretrain/drawn", overrides=["seed=8", ENDLESS], tags=[AUTO_RESUME]
+        "pretrain/drawn", overrides=[f"seed={seed}", ENDLESS], tags=[AUTO_RESUME]
     )
-    deadline = time.monotonic() + 400
-    while prefect.flow_run(run).state_name != "Failed":
-        assert time.monotonic() < deadline
+    killed: set[int] = set()
+    deadline = time.monotonic() + 300
+    while len(killed) <= MOST_CRASHES and time.monotonic() < deadline:
         for engine in prefect.engines():
-            engine.kill()
-        time.sleep(1)
-    assert prefect.flow_run(run).run_count == MOST_RUNS + 1
-    assert any(GIVES_UP in line for line in prefect.logs(run))
+            if when == "starting" or prefect.flow_run(run).state_name == "Running":
+                killed.add(engine.pid)
+                engine.kill()
+        time.sleep(0.3)
+        if AUTO_RESUME not in prefect.flow_run(run).tags:
+            break
+    assert any("not started again by itself" in line for line in prefect.logs(run))
+    time.sleep(RESUME_SECONDS + 10)  # the last crash may still have had the tag
+    for engine in prefect.engines():
+        killed.add(engine.pid)
+        engine.kill()
+    time.sleep(RESUME_SECONDS + 10)
+    assert prefect.engines() == []
+    assert prefect.flow_run(run).state_name == "Crashed"
+    assert MOST_CRASHES <= len(killed) <= MOST_CRASHES + 1
 
 
 def test_after_a_crash_a_new_run_and_the_command_line_go_on_at_the_same_step(
@@ -96,27 +119,24 @@ def test_after_a_crash_a_new_run_and_the_command_line_go_on_at_the_same_step(
     engine_of(prefect.wait_for_training(after=30)).kill()
     prefect.wait_for_state(crashed, "Crashed")
     prefect.wait_until(lambda: prefect.stage_process() is None, 30)
-    saved = re.search(r"step-0*(\d+)", prefect.run_json(9)["last_checkpoint"])
-    assert saved is not None
+    prefect.wait_until(lambda: prefect.saved_step(9) > 0, 30)
+    saved = prefect.saved_step(9)
 
     again = prefect.deployment_run("pretrain/drawn", overrides=["seed=9", LONG])
-    prefect.wait_until(
-        lambda: f"pretrain resumes from step {saved[1]}." in prefect.logs(again), 120
-    )
+    prefect.wait_until(lambda: f"pretrain resumes from step {saved}." in prefect.logs(again), 120)
     stage = prefect.wait_for_training(after=30)
     engine_of(stage).kill()
     prefect.wait_for_state(again, "Crashed")
     prefect.wait_until(lambda: prefect.stage_process() is None, 30)
-    facts = prefect.run_json(9)
-    later = re.search(r"step-0*(\d+)", facts["last_checkpoint"])
-    assert later is not None
-    assert int(later[1]) > int(saved[1])
+    # The worker's hook writes it, some seconds after the death.
+    prefect.wait_until(lambda: prefect.saved_step(9) > saved, 30)
+    facts, later = prefect.run_json(9), prefect.saved_step(9)
 
     command = shlex.split(facts["resume"])
     assert command[0] == "rotvit"
     typed = prefect.run(sys.executable, "-m", "flows.cli", *command[1:])
     assert typed.returncode == 0, typed.stderr
-    assert f"pretrain resumes from step {int(later[1]):,}." in typed.stderr
+    assert f"pretrain resumes from step {later}." in typed.stderr
     assert prefect.result_of(9)["status"] == "resumed"
 
 
@@ -129,16 +149,15 @@ def test_a_cancelled_run_saves_says_how_to_resume_and_retries_from_there(
     stage.wait(30)
     prefect.wait_for_state(run, "Cancelled", seconds=60)
     assert prefect.task_states(run)["pretrain"] in {"Crashed", "Cancelled"}
-    facts = prefect.run_json(3)
+    facts, saved = prefect.run_json(3), prefect.saved_step(3)
     assert facts["state"] == "cancelled"
-    saved = re.search(r"step-0*(\d+)", facts["last_checkpoint"])
-    assert saved is not None
+    assert saved
     assert facts["resume"] in str(how_to_resume(prefect, run).data)
 
     retried = prefect.prefect("flow-run", "retry", str(run))
     assert retried.returncode == 0, retried.stderr
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"
-    assert f"pretrain resumes from step {saved[1]}." in prefect.logs(run)
+    assert f"pretrain resumes from step {saved}." in prefect.logs(run)
     assert prefect.result_of(3)["status"] == "resumed"
 
 
@@ -148,7 +167,11 @@ def test_a_worker_that_is_stopped_stops_its_run_with_its_state_saved(prefect: "P
     worker = prefect.worker
     assert worker is not None
     worker.terminate()
-    worker.wait(60)
+    try:
+        worker.wait(20)
+    except subprocess.TimeoutExpired:  # Prefect's worker misses some; then whoever asked kills it
+        worker.kill()
+        worker.wait()
     stage.wait(30)
     prefect.start_worker()
     assert prefect.flow_run(run).state_name in {"Crashed", "Running", "AwaitingRetry"}

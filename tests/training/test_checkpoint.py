@@ -133,6 +133,7 @@ def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     assert set(manifest["files"]) == present
 
 
+@pytest.mark.slow
 def test_a_process_killed_before_any_file_operation_of_a_save_loses_nothing(tmp_path: Path) -> None:
     script = Path(__file__).with_name("crash_during_save.py")
     done = subprocess.run(

@@ -81,6 +81,7 @@ def test_download_prepare_pretrain_and_again_without_the_server(
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_process_of_its_own(
     hub: StandInHub, remote: dict[str, Any], tmp_path: Path
 ) -> None:

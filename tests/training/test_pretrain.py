@@ -107,6 +107,7 @@ def test_the_rate_is_scaled_by_the_samples_of_a_step(
         assert max(rates) == pytest.approx(1.0e-3 * samples / 256)
 
 
+@pytest.mark.slow
 def test_it_learns_which_way_up_things_are(
     request_of: Callable[..., StageRequest], tiny_values: dict[str, Any]
 ) -> None:
