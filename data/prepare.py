@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data import jpeg, manifest
 from data.decode import UndecodableError
 from data.decoding_pool import DecodingPool, decoding_pool
-from data.disk_space import MARGIN, check_disk, image_bytes
+from data.disk_space import check_disk
 from data.duplicates import hashes_to_text, perceptual_hashes
 from data.jpeg_shards import write_jpegs
 from data.manifest import Manifest
@@ -113,11 +113,14 @@ def prepare(
     total = sum(source.counts.values())
     done = sum(part.count for part in kept)
     if done < total:
-        if pixel_format == "jpeg" and kept:  # a better sample than any
-            each = MARGIN * kept_bytes / done
-        else:
-            each = image_bytes(source, side, pixel_format)
-        check_disk(directory, total - done, (total - done) * each, pixel_format)
+        check_disk(
+            source,
+            directory,
+            side=side,
+            pixel_format=pixel_format,
+            done=done,
+            done_bytes=kept_bytes,
+        )
 
     tally = _Tally(total, done, report, max_skipped, skipped)
     tally.check()

@@ -9,6 +9,7 @@ from data.fetching import STAGE
 from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData
+from data.records import DatasetError
 from data.sources import open_source
 from training import runner
 from training.hardware import available_processors
@@ -39,17 +40,24 @@ def compute(context: StageContext) -> StageOutcome:
                 "command goes on after them."
             )
 
-    manifest = prepare(
-        open_source(
-            source, test_source, downloads=download.directory if download else None, scratch=scratch
-        ),
-        context.directory,
-        side=settings.prepared_size,
-        report=report,
-        workers=settings.hardware.threads or available_processors(),
-        max_skipped=settings.data.max_skipped,
-        pixel_format=settings.data.format,
-    )
+    try:
+        manifest = prepare(
+            open_source(
+                source,
+                test_source,
+                downloads=download.directory if download else None,
+                scratch=scratch,
+            ),
+            context.directory,
+            side=settings.prepared_size,
+            report=report,
+            workers=settings.hardware.threads or available_processors(),
+            max_skipped=settings.data.max_skipped,
+            pixel_format=settings.data.format,
+        )
+    except DatasetError:  # to be mended by other settings, perhaps, which look elsewhere
+        scratch.remove()
+        raise
     scratch.remove()
     copies = count_copies(context.directory, context.stop)
     if copies:

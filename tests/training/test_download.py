@@ -1,6 +1,7 @@
 """Downloading as a stage: once, resumed, checked again afterwards, never asked for when done."""
 
 import io
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_the_prepared_images_are_those_of_a_run_that_keeps_no_files(
     assert passing["prepare_data"].digest == kept["prepare_data"].digest
     assert passing["prepare_data"].key == kept["prepare_data"].key
     assert list((tmp_path / "passing").rglob("*.parquet")) == []
+
+
+def test_a_preparation_that_is_refused_for_lack_of_space_leaves_no_file_behind(
+    remote: dict[str, Any], tmp_path: Path, run_stages: RunStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "KEEP_BYTES", 0)
+    settings = validate(merge(remote, {"data": {"format": "jpeg", "crop_margin": 0.0}}))
+    run_stages(settings, tmp_path, until="download")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 0))
+    with pytest.raises(DatasetError, match="prepare smaller images"):
+        run_stages(settings, tmp_path, until="prepare_data")
+    assert list(tmp_path.rglob("*.parquet")) == []
 
 
 def test_stopped_it_goes_on_where_it_was(
