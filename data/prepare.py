@@ -57,12 +57,13 @@ def prepare(
     workers: int,
     max_skipped: float = 0.01,
     pixel_format: PixelFormat = "raw",
+    suspect: bool | None = None,
 ) -> Manifest:
     """Decode, crop and shrink every image of `source` into `directory`.
 
-    Whole shards that are there already, from the same source and settings, are kept: of an
-    unfinished directory by size and time, of a finished one by SHA-256. Memory does
-    not grow with the number of images. Only one preparation may write to a directory at a time.
+    Whole shards that are there already, from the same source and settings, are kept: by size and
+    time, of a directory that is suspect by SHA-256. Memory does not grow with the number of
+    images. Only one preparation may write to a directory at a time.
 
     Args:
         source: Where the images come from.
@@ -74,6 +75,8 @@ def prepare(
         max_skipped: Largest fraction of images, in [0, 1], that may be set aside because they
             cannot be decoded. Each is recorded with its reason.
         pixel_format: How the pixels are stored; `jpeg` needs an even `side`.
+        suspect: Whether damage was found here, so that no shard is trusted by size and time.
+            None: where the directory is finished, as nobody prepares it again without a reason.
 
     Returns:
         The manifest, as written.
@@ -98,8 +101,8 @@ def prepare(
         for split, count in source.counts.items()
         for first in range(0, count, SHARD_IMAGES)
     ]
-    # Whoever prepares a finished directory again has found something wrong with it.
-    suspect = (directory / manifest.FILE_NAME).exists()
+    if suspect is None:
+        suspect = (directory / manifest.FILE_NAME).exists()
     target = _Target(directory, side, pixel_format, made_from)
     # Not the shards themselves: their labels would fill memory.
     kept: set[_Part] = set()

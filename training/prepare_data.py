@@ -15,7 +15,7 @@ from training import runner
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.stopping import StopRequest
-from training.store import data_source
+from training.store import DOUBTED, data_source
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ def compute(context: StageContext) -> StageOutcome:
                 "command goes on after them."
             )
 
+    doubted = context.directory / DOUBTED
     try:
         manifest = prepare(
             open_source(
@@ -54,11 +55,13 @@ def compute(context: StageContext) -> StageOutcome:
             workers=settings.hardware.threads or available_processors(),
             max_skipped=settings.data.max_skipped,
             pixel_format=settings.data.format,
+            suspect=doubted.exists(),
         )
     except DatasetError:  # to be mended by other settings, perhaps, which look elsewhere
         scratch.remove()
         raise
     scratch.remove()
+    doubted.unlink(missing_ok=True)  # before what may be stopped: a next attempt need not read all
     copies = count_copies(context.directory, context.stop)
     if copies:
         _log.info(

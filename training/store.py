@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+DOUBTED = "result.json.doubted"
+"""The result of a preparation that did not verify, until all that it vouched for has been read."""
 
 TRANSFER_DATA = ("download_transfer", "prepare_transfer_data")
 """Stages for labelled images that come from elsewhere."""
@@ -407,8 +409,12 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
 def _clear(request: StageRequest, verdict: Verdict) -> None:
     directory = request.directory
     logger.warning("%s is computed again: %s.", request.stage, verdict.why)
-    if request.stage.startswith(("download", "prepare")):
-        (directory / "result.json").unlink(missing_ok=True)  # sound files and shards are kept
+    if request.stage.startswith("download"):
+        (directory / "result.json").unlink(missing_ok=True)  # sound files are kept
+        return
+    if request.stage.startswith("prepare"):  # sound shards are kept, once they have been read
+        with suppress(FileNotFoundError):
+            (directory / "result.json").replace(directory / DOUBTED)
         return
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
     kept = {"hardware.json"}
