@@ -13,22 +13,11 @@ from training.stages import STAGES
 from training.store import OutputsError, StageRequest, StageResult
 
 Request = Callable[..., StageRequest]
-
-
-def made(stage: str, directory: Path, *, key: str = "k", digest: str = "d") -> StageResult:
-    return StageResult(
-        stage=stage,
-        key=key,
-        directory=directory,
-        status="computed",
-        wall_seconds=1.0,
-        digest=digest,
-        scores={},
-    )
+Made = Callable[..., StageResult]
 
 
 @pytest.fixture
-def request_pretrain(tmp_path: Path, tiny_values: dict[str, Any]) -> Request:
+def request_pretrain(tmp_path: Path, tiny_values: dict[str, Any], made: Made) -> Request:
     """Build the request of `pretrain`, with changed settings or other input data."""
 
     def build(changes: dict[str, Any] | None = None, *, data_digest: str = "d") -> StageRequest:
@@ -168,7 +157,7 @@ def test_a_refresh_keeps_the_work_of_an_interrupted_one_and_no_other(
 
 
 def test_a_result_built_on_a_replaced_input_is_missing(
-    request_pretrain: Request, tmp_path: Path, tiny_settings: Settings
+    made: Made, tmp_path: Path, tiny_settings: Settings
 ) -> None:
     def probe_on(backbone_digest: str) -> StageRequest:
         results = {
