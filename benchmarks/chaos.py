@@ -9,7 +9,8 @@ when the fault hit and that the newest sound checkpoint did not hold; checkpoint
 `EVERY_STEPS` steps. Everything runs on the CPU with one thread, with dropout, on drawn images.
 The last line is JSON. The exit status is 0 if every try survived and was identical.
 
-What is injected here (by `chaos_faults.py`), what a test injects, and what nobody does, by the usual list of faults:
+What is injected here (by `chaos_faults.py`), what a test injects, and what nobody does, by the
+usual list of faults:
 
 | fault | where |
 |---|---|
@@ -64,7 +65,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from chaos_attempts import Try, fork, log_of
 from chaos_faults import FAULTS
 
-from training import prepare_data, store
+from training import attempts, prepare_data, stage_files, store
 from training.runner import run_stage
 from training.settings import validate
 from training.stages import STAGES
@@ -183,7 +184,7 @@ def _fresh(prepared: Path) -> Iterator[StageRequest]:
         assert data is not None
         results = {"prepare_data": data}
         request = store.make_request(STAGES["pretrain"], settings, Path(outputs), results)
-        store.begin(request)
+        attempts.begin(request)
         yield request
 
 
@@ -191,8 +192,8 @@ def _result(request: StageRequest) -> dict[str, Any]:
     """Return what must be identical."""
     result = json.loads((request.directory / "result.json").read_bytes())
     return {
-        "weights": store.sha256_of(request.directory / "model" / "model.safetensors"),
-        "metrics": store.sha256_of(request.directory / "metrics.jsonl"),
+        "weights": stage_files.sha256_of(request.directory / "model" / "model.safetensors"),
+        "metrics": stage_files.sha256_of(request.directory / "metrics.jsonl"),
         "scores": result["scores"],
     }
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training import checkpoint, pretrain, runner, store
-from training.store import CHECKPOINTS, StageRequest
+from training import checkpoint, pretrain, runner, stage_files
+from training.stage_files import CHECKPOINTS
+from training.store import StageRequest
 
 FILE_LIMIT = 30_000
 """Largest file, in bytes, of an attempt on the full disk: smaller than any file of weights."""
@@ -172,7 +173,8 @@ def _is_sound(directory: Path) -> bool:
     try:
         files = json.loads((directory / "manifest.json").read_bytes())["files"]
         return all(
-            store.sha256_of(directory / name) == record["sha256"] for name, record in files.items()
+            stage_files.sha256_of(directory / name) == record["sha256"]
+            for name, record in files.items()
         )
     except (OSError, ValueError, KeyError):
         return False

@@ -4,7 +4,7 @@ from data.patience import RefusedError
 from data.records import DatasetError
 from models.errors import ModelError
 from training.settings import ConfigError
-from training.store import OutputsError
+from training.stage_files import OutputsError
 
 
 class CheckpointError(ValueError):

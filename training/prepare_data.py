@@ -12,10 +12,11 @@ from data.prepared import PreparedData
 from data.records import DatasetError
 from data.sources import open_source
 from training import runner
+from training.attempts import DOUBTED
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.stopping import StopRequest
-from training.store import DOUBTED, data_source
+from training.store import data_source
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from data.patience import Patience
 from data.records import DatasetError
 from tasks.child_process import run_in_child
 from tests.data.standin_hub import Fault, StandInHub
-from training import download, preflight, runner, store
+from training import attempts, download, preflight, runner, store
 from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
 from training.settings import Settings, merge, validate
@@ -239,7 +239,7 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
     monkeypatch.setattr(StopRequest, "listen", lambda self, *, parent: None)
     hub.faults.append(Fault("status", 500, times=99))
     wanted = request(validate(remote), tmp_path)
-    store.begin(wanted)
+    attempts.begin(wanted)
     assert runner.main(download.compute, [str(wanted.directory), "--events"]) == 1
     shown = capfd.readouterr()
     assert "attempts in a row failed" in shown.out
@@ -248,8 +248,8 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
 
 def test_the_settings_are_no_progress(remote: dict[str, Any], tmp_path: Path) -> None:
     wanted = request(validate(remote), tmp_path)
-    store.begin(wanted)
-    assert store.progress_on_disk(wanted) == 0
+    attempts.begin(wanted)
+    assert attempts.progress_on_disk(wanted) == 0
     (wanted.directory / "files").mkdir()
     (wanted.directory / "files" / "config.yaml").write_bytes(b"12345")
-    assert store.progress_on_disk(wanted) == 5
+    assert attempts.progress_on_disk(wanted) == 5

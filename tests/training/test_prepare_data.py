@@ -11,7 +11,7 @@ import pytest
 from data import prepare as preparing
 from data.prepared import verify
 from data.shards import file_sha256
-from training import prepare_data, store
+from training import attempts, prepare_data, store
 from training.runner import StageContext, StageOutcome, run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
@@ -88,7 +88,7 @@ def test_after_damage_every_part_is_read_also_where_the_repair_was_stopped(
     assert run_stage(wanted, prepare_data.compute).digest == whole.digest
     assert {"train-00000.npy", "train-00001.npy", "test-00000.npy"} <= set(pixels_read)
     assert verify(wanted.directory, full=True) is None
-    assert not (wanted.directory / store.DOUBTED).exists()
+    assert not (wanted.directory / attempts.DOUBTED).exists()
 
 
 def test_the_format_that_is_set_is_stored(tiny_settings: Settings, tmp_path: Path) -> None:
