@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 
 from data.drawn import draw
-from training import hardware, loop, prepare_data, pretrain, progress, store
+from training import hardware, loop, prepare_data, pretrain, progress, stage_files, store
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.progress import Progress
@@ -113,8 +113,8 @@ def main() -> int:
                 run_stage(request, pretrain.compute)
         except CutOff:
             pass
-        newest = f"step-{store.newest_step(request.directory):08d}"
-        files = (request.directory / store.CHECKPOINTS / newest).iterdir()
+        newest = f"step-{stage_files.newest_step(request.directory):08d}"
+        files = (request.directory / stage_files.CHECKPOINTS / newest).iterdir()
         size = sum(path.stat().st_size for path in files)
         with_write, without = meter.halves()
         step = statistics.median(without) / (EVERY_STEPS // 2)

@@ -136,6 +136,18 @@ def kept_files(directory: Path, catalogue: Catalogue) -> list[Path]:
     return [folder / file.name for file in catalogue.files]
 
 
+def was_finished(directory: Path, catalogue: Catalogue) -> bool:
+    """Tell whether all files of a source, one that is kept, have been here once.
+
+    Raises:
+        DatasetError: As `read`.
+    """
+    times = _read(directory)[1]
+    return all(
+        f"{path.relative_to(directory)}" in times for path in kept_files(directory, catalogue)
+    )
+
+
 def count_files(folder: Path) -> list[int]:
     """Return number and bytes of the files below a folder."""
     sizes = [

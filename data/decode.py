@@ -98,8 +98,7 @@ def decode_square(image: bytes | Path | Image.Image, side: int) -> NDArray[np.ui
         raise
     except Image.DecompressionBombError as error:
         raise _too_large() from error
-    except Exception as error:
-        # Damaged files make decoders raise almost anything: OSError, SyntaxError, struct.error...
+    except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, ...
         raise UndecodableError(_reason(error)) from error
     return np.asarray(small.round().clamp(0, 255).to(torch.uint8).numpy())
 
@@ -154,8 +153,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     # damaged it raises although the orientation was read well.
     try:
         turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
-    except Exception:
-        # The pixels are sound; only what was written beside them is not.
+    except Exception:  # the pixels are sound; only what was written beside them is not
         turn = None
     return picture if turn is None else picture.transpose(turn)
 

@@ -3,7 +3,6 @@
 import logging
 import math
 import shutil
-from itertools import islice
 from pathlib import Path
 
 from data import jpeg
@@ -12,8 +11,8 @@ from data.decoding_pool import pillow_warnings_ignored
 from data.records import DatasetError, Source
 from data.shards import PixelFormat
 
-SAMPLE_PLACES, SAMPLE_RUN = 8, 8
-"""Images whose size as JPEG is measured: so many in a row, at so many places over the split."""
+SAMPLE = 64
+"""Images whose size as JPEG is measured."""
 
 MARGIN = 1.1
 """Added to what the sample says: its mean is off by a few per cent, and sources have an order."""
@@ -30,38 +29,46 @@ def estimate_bytes(source: Source, side: int, pixel_format: PixelFormat = "raw")
     Exact for raw images, apart from a few kilobytes per shard. For JPEG it is the mean of a
     sample of 64 training images, encoded for the purpose, and a tenth more.
     """
-    return math.ceil(sum(source.counts.values()) * image_bytes(source, side, pixel_format))
+    return math.ceil(sum(source.counts.values()) * _image_bytes(source, side, pixel_format))
 
 
-def image_bytes(source: Source, side: int, pixel_format: PixelFormat) -> float:
-    """Return how much disk space one image takes, in bytes; see `estimate_bytes`."""
-    raw = 3 * side * side + _RECORD_BYTES
-    if pixel_format == "raw":
-        return raw
-    sizes = _sample(source, side)
-    if not sizes:
-        return raw
-    return MARGIN * sum(sizes) / len(sizes) + 8 + _RECORD_BYTES  # 8: where it begins
-
-
-def check_disk(directory: Path, images: int, needed: float, pixel_format: PixelFormat) -> None:
+def check_disk(
+    source: Source,
+    directory: Path,
+    *,
+    side: int,
+    pixel_format: PixelFormat,
+    done: int,
+    done_bytes: int,
+) -> None:
     """Log how much space is needed and free, and refuse to begin where it is too little.
 
     Args:
+        source: Where the images come from.
         directory: Where the images go.
-        images: Images still to be written.
-        needed: What they take, in bytes.
+        side: Height and width of the prepared images, in pixels.
         pixel_format: How they are stored.
+        done: Images that are there already.
+        done_bytes: What these take.
 
     Raises:
         DatasetError: If the disk is too small.
     """
+    images = sum(source.counts.values()) - done
+    basis = ""
+    if pixel_format == "jpeg" and done:  # a better sample than any
+        needed, basis = images * MARGIN * done_bytes / done, ", by those that are there"
+    else:
+        needed = images * _image_bytes(source, side, pixel_format)
+        if pixel_format == "jpeg":
+            basis = f", by a sample of {source.sample_place}"
     free = shutil.disk_usage(directory).free
     _log.info(
-        "Preparing %s images as %s needs about %.2f GiB, %.2f GiB are free.",
+        "Preparing %s images as %s needs about %.2f GiB%s; %.2f GiB are free.",
         f"{images:,}",
         pixel_format,
         needed / _GIB,
+        basis,
         free / _GIB,
     )
     if needed > free:
@@ -73,15 +80,23 @@ def check_disk(directory: Path, images: int, needed: float, pixel_format: PixelF
         )
 
 
+def _image_bytes(source: Source, side: int, pixel_format: PixelFormat) -> float:
+    """Return how much disk space one image takes, in bytes; see `estimate_bytes`."""
+    raw = 3 * side * side + _RECORD_BYTES
+    if pixel_format == "raw":
+        return raw
+    sizes = _sample(source, side)
+    if not sizes:
+        return raw
+    return MARGIN * sum(sizes) / len(sizes) + 8 + _RECORD_BYTES  # 8: where it begins
+
+
 def _sample(source: Source, side: int) -> list[int]:
-    count = source.counts["train"]
-    step = max(1, count // SAMPLE_PLACES)
     sizes = []
     with pillow_warnings_ignored():
-        for start in range(0, count, step):
-            for record in islice(source.records("train", start), min(SAMPLE_RUN, step)):
-                try:
-                    sizes.append(len(jpeg.encode(decode_square(record.image, side))))
-                except UndecodableError:
-                    continue
+        for record in source.sample("train", SAMPLE):
+            try:
+                sizes.append(len(jpeg.encode(decode_square(record.image, side))))
+            except UndecodableError:
+                continue
     return sizes

@@ -1,10 +1,12 @@
 """Images that were downloaded, or that are fetched file by file as they are read."""
 
+import logging
 import shutil
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from data.fetching import STAGE, fetch
 from data.folder_source import EXTENSIONS, SPLIT_NAMES
 from data.parquet_source import read_rows
 from data.patience import Patience, Stop, check_stop, never
-from data.records import DatasetError, Record, Source, Split
+from data.records import DatasetError, Record, Source, Split, spread
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,10 @@ class DownloadedSource(Source):
         self.class_names = catalogue.class_names
         self._catalogue, self._scratch = catalogue, scratch
         self._folder = folder_of(directory, catalogue.spec)
+        values: Sequence[Any] = catalogue.values or range(len(self.class_names or ()))
+        self._labels = {value: number for number, value in enumerate(values)}
+        if not catalogue.kept:
+            self.sample_place = "its first file"
 
     def identity(self) -> dict[str, Any]:
         """Return what the catalogue says about the content; no place and no time."""
@@ -77,30 +85,55 @@ class DownloadedSource(Source):
             if skipped < file.rows:
                 jobs.append((file, first + skipped, skipped))
             first += file.rows
-        values: Sequence[Any] = self._catalogue.values or range(len(self.class_names or ()))
-        labels = {value: number for number, value in enumerate(values)}
         paths = self._paths([file for file, _, _ in jobs])
         try:
             for path, (_, number, skip) in zip(paths, jobs, strict=True):
-                yield from read_rows(
-                    path,
-                    split,
-                    number,
-                    skip=skip,
-                    image=self._catalogue.image,
-                    label=self._catalogue.label,
-                    values=labels,
-                )
+                yield from self._rows(path, split, number, skip)
         finally:
             paths.close()
+
+    def sample(self, split: Split, count: int) -> Iterator[Record]:
+        """Yield images that stand for all of `split`: of files that are not kept, of the first.
+
+        It stays in the scratch folder, where `records` finds it and deletes it when it is read.
+
+        Raises:
+            DatasetError: As `records`.
+            DownloadError: As `records`.
+            InterruptedError: As `records`.
+        """
+        if self._catalogue.kept:
+            yield from super().sample(split, count)
+            return
+        scratch, file = self._scratch_folder(), self._catalogue.files_of(split)[0]
+        _log.info(
+            "Fetching %s (%.0f MB), to begin with and for a sample.", file.name, file.size / 1e6
+        )
+        path = _fetch(file, scratch, scratch.stop)
+        for start, length in spread(file.rows, count):
+            yield from islice(self._rows(path, split, start, start), length)
+
+    def _rows(self, path: Path, split: Split, number: int, skip: int) -> Iterator[Record]:
+        return read_rows(
+            path,
+            split,
+            number,
+            skip=skip,
+            image=self._catalogue.image,
+            label=self._catalogue.label,
+            values=self._labels,
+        )
 
     def _paths(self, files: Sequence[RemoteFile]) -> Generator[Path, None, None]:
         if self._catalogue.kept:
             yield from (self._folder / file.name for file in files)
             return
+        yield from _fetched(files, self._scratch_folder())
+
+    def _scratch_folder(self) -> Scratch:
         if self._scratch is None:
             raise DatasetError(f"{self.spec} is too large to be kept, and has no scratch folder.")
-        yield from _fetched(files, self._scratch)
+        return self._scratch
 
     def _unpacked(self, split: Split) -> list[Record]:
         root = self._folder / self._catalogue.root
@@ -114,20 +147,19 @@ class DownloadedSource(Source):
         ]
 
 
+def _fetch(file: RemoteFile, scratch: Scratch, stop: Stop) -> Path:
+    """Return where a file lies, once it is there."""
+    target = scratch.directory / file.name
+    fetch(file, target, patience=scratch.patience, stop=stop, stage=scratch.stage)
+    return target
+
+
 def _fetched(files: Sequence[RemoteFile], scratch: Scratch) -> Generator[Path, None, None]:
     """Yield where each file lies while it is needed; the next one is fetched meanwhile."""
     closing = threading.Event()
 
     def job(file: RemoteFile) -> Path:
-        target = scratch.directory / file.name
-        fetch(
-            file,
-            target,
-            patience=scratch.patience,
-            stop=lambda: closing.is_set() or scratch.stop(),
-            stage=scratch.stage,
-        )
-        return target
+        return _fetch(file, scratch, lambda: closing.is_set() or scratch.stop())
 
     executor = ThreadPoolExecutor(1, thread_name_prefix="fetch")
     try:

@@ -1,5 +1,6 @@
 """Downloading remote sources into one directory: catalogue first, then the files that are kept."""
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,14 +10,15 @@ from data import catalogue
 from data.archives import extract
 from data.catalogue import Catalogue, checksum_of, count_files, folder_of, kept_files
 from data.fetching import STAGE, fetch
-from data.listing import features_of, list_source
+from data.listing import features_of, list_archive, list_source
 from data.parquet_source import class_names, values_in
-from data.patience import DownloadError, Patience, Stop, never
+from data.patience import DownloadError, Patience, RefusedError, Stop, never
 from data.records import DatasetError
 from data.shards import digest_of
 from data.specs import KNOWN
 
 _GB = 10**9
+_log = logging.getLogger(__name__)
 
 
 def download(
@@ -32,6 +34,9 @@ def download(
 
     Cut off, it goes on with the same commit of the same data set, from the byte where it was. A
     directory that was finished once needs the network only for what is missing or damaged.
+
+    A source with an archive elsewhere is taken from there, as a whole, if its tables cannot be
+    fetched. From then on it is pinned to the archive.
 
     Args:
         specs: Sources for which `data.specs.is_remote` holds.
@@ -51,31 +56,41 @@ def download(
         InterruptedError: If `stop` said so.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    found = _begun(specs, directory)
-    if found is None:
-        found = [list_source(spec, patience, stop) for spec in specs]
+    begun = _begun(specs, directory)
+    found = begun or [list_source(spec, patience, stop) for spec in specs]
+    if not begun:
         catalogue.write(directory, found)
-    kept = [each for each in found if each.kept]
-    total = sum(each.size for each in kept)
-    _check_disk(directory, kept)
-    before = 0
-    for each in kept:
-        for file in each.files:
+    _check_disk(directory, found)
+
+    def fetch_files(number: int) -> None:
+        kept = [each.size if each.kept else 0 for each in found]
+        before, total = sum(kept[:number]), sum(kept)
+        for file in found[number].files:
 
             def tell(done: int, before: int = before) -> None:
                 report(before + done, total)
 
-            if not _is_unpacked(directory, each):
-                fetch(
-                    file,
-                    folder_of(directory, each.spec) / file.name,
-                    patience=patience,
-                    stop=stop,
-                    report=tell,
-                    stage=stage,
-                )
+            if not _is_unpacked(directory, found[number]):
+                target = folder_of(directory, found[number].spec) / file.name
+                fetch(file, target, patience=patience, stop=stop, report=tell, stage=stage)
             before += file.size
             report(before, total)
+
+    for number, each in enumerate(found):
+        if not each.kept:
+            continue
+        try:
+            fetch_files(number)
+        except (DownloadError, RefusedError) as error:
+            archive = _archive_instead(directory, each, error, patience, stop)
+            if archive is None:
+                raise
+            # What came is of no use, and goes first: cut off here, the tables are tried once more.
+            shutil.rmtree(folder_of(directory, each.spec), ignore_errors=True)
+            found[number] = archive
+            catalogue.write(directory, found)
+            _check_disk(directory, found)
+            fetch_files(number)
     found = [_completed(each, directory, stop) for each in found]
     catalogue.write(directory, found)
     return found
@@ -93,6 +108,27 @@ def _begun(specs: Sequence[str], directory: Path) -> list[Catalogue] | None:
     except DatasetError:
         return None
     return found if [each.spec for each in found] == list(specs) else None
+
+
+def _archive_instead(
+    directory: Path, lost: Catalogue, error: Exception, patience: Patience, stop: Stop
+) -> Catalogue | None:
+    """Return where else to take a source from whose tables could be listed and not fetched.
+
+    None where there is no other place, or where it cannot be had either; and where the tables were
+    here as a whole once: other files would make all outdated that was computed from them.
+    """
+    archive = KNOWN[lost.spec].archive if lost.spec in KNOWN else None
+    if archive is None or lost.layout == "archive" or catalogue.was_finished(directory, lost):
+        return None
+    try:
+        fewer = replace(patience, attempts=min(3, patience.attempts))  # one has been waited for
+        found = list_archive(lost.spec, archive, fewer, stop)
+    except (DownloadError, DatasetError) as other:
+        _log.warning("%s cannot be taken from its archive either: %s", lost.spec, other)
+        return None
+    _log.warning("%s Taking %s from %s instead, as a whole.", error, lost.spec, archive.url)
+    return found
 
 
 def _completed(found: Catalogue, directory: Path, stop: Stop) -> Catalogue:
@@ -159,11 +195,11 @@ def _is_unpacked(directory: Path, found: Catalogue) -> bool:
     return count_files(root) == list(found.unpacked)
 
 
-def _check_disk(directory: Path, kept: Sequence[Catalogue]) -> None:
+def _check_disk(directory: Path, found: Sequence[Catalogue]) -> None:
     missing = sum(
         file.size
-        for each in kept
-        if not _is_unpacked(directory, each)
+        for each in found
+        if each.kept and not _is_unpacked(directory, each)
         for file in each.files
         if not (folder_of(directory, each.spec) / file.name).is_file()
     )

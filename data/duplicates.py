@@ -53,54 +53,24 @@ def hashes_from_text(text: str) -> NDArray[np.uint64]:
     return np.frombuffer(bytes.fromhex(text), dtype="<u8").astype(np.uint64).reshape(-1, WORDS)
 
 
-def near_pairs(
-    first: NDArray[np.uint64], second: NDArray[np.uint64], most: int = NEAR
-) -> NDArray[np.int64]:
-    """Find all pairs of hashes that differ in few bits. Memory grows with the pairs alone.
-
-    Args:
-        first: `(N, 2)`.
-        second: `(M, 2)`.
-        most: Largest number of bits that differ; 0 for equal hashes.
-
-    Returns:
-        `(pairs, 2)`, numbers in `first` and `second`, in ascending order.
-    """
-    found = [np.empty((0, 2), dtype=np.int64)]
-    columns = [np.ascontiguousarray(second[:, word]) for word in range(WORDS)]
-    for top in range(0, len(first), _ROWS):
-        rows = first[top : top + _ROWS]
-        for left in range(0, len(second), _COLUMNS):
-            here = columns[0][left : left + _COLUMNS]
-            # Most pairs differ too much in the first word already.
-            close = np.bitwise_count(np.bitwise_xor(rows[:, :1], here)) <= most
-            # Of a flat array: NumPy looks through one of two dimensions fifty times slower.
-            row, column = np.divmod(np.flatnonzero(close), len(here))
-            pairs = np.stack([row + top, column + left], axis=1)
-            differing = sum(
-                np.bitwise_count(first[pairs[:, 0], word] ^ columns[word][pairs[:, 1]]).astype(int)
-                for word in range(WORDS)
-            )
-            found.append(pairs[differing <= most])
-    pairs = np.concatenate(found)
-    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-
-
 def has_copy(
     first: NDArray[np.uint64],
     second: NDArray[np.uint64],
     most: int = NEAR,
     give_up: Callable[[], None] = lambda: None,
 ) -> NDArray[np.bool_]:
-    """Tell for each hash of `first` whether one in `second` is near, `(N,)`; see `near_pairs`.
+    """Tell for each hash of `first` whether one in `second` differs in few bits.
 
-    Memory does not depend on how many are.
+    Memory does not depend on how many do.
 
     Args:
         first: `(N, 2)`.
         second: `(M, 2)`.
         most: Largest number of bits that differ; 0 for equal hashes.
         give_up: Called now and then; ends the work by raising.
+
+    Returns:
+        `(N,)`.
     """
     result = np.zeros(len(first), dtype=np.bool_)
     columns = [np.ascontiguousarray(second[:, word]) for word in range(WORDS)]

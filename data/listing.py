@@ -34,8 +34,7 @@ _log = logging.getLogger(__name__)
 def list_source(spec: str, patience: Patience, stop: Stop) -> Catalogue:
     """Find out what a remote source holds.
 
-    A source with an archive elsewhere is taken from there if its tables cannot be listed. That is
-    decided here, once: if they cannot be fetched later, that is an error.
+    A source with an archive elsewhere is taken from there if its tables cannot be listed.
 
     Args:
         spec: Value of `data.source`, for which `data.specs.is_remote` holds.
@@ -54,7 +53,29 @@ def list_source(spec: str, patience: Patience, stop: Stop) -> Catalogue:
         return _list_tables(spec, replace(patience, attempts=min(3, patience.attempts)), stop)
     except (DownloadError, DatasetError) as error:
         _log.warning("%s Taking %s from %s instead.", error, spec, archive.url)
-        return _list_archive(spec, archive, patience, stop)
+        return list_archive(spec, archive, patience, stop)
+
+
+def list_archive(spec: str, archive: Archive, patience: Patience, stop: Stop) -> Catalogue:
+    """Return what a source holds that is taken from its archive; errors as `list_source`."""
+    (found,) = persist(lambda: find(archive.url, patience), archive.url, patience, stop)
+    return Catalogue(
+        spec=spec,
+        origin=archive.url,
+        files=[
+            RemoteFile(
+                name=archive.url.rpartition("/")[2],
+                url=archive.url,
+                size=found.size,
+                checksum=archive.checksum,
+            )
+        ],
+        counts=KNOWN[spec].counts,
+        class_names=list(archive.classes.values()),
+        layout="archive",
+        root=archive.root,
+        folders=list(archive.classes),
+    )
 
 
 def _list_tables(spec: str, patience: Patience, stop: Stop) -> Catalogue:
@@ -197,24 +218,3 @@ def features_of(footer: Any) -> Any:
     import datasets
 
     return datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema())
-
-
-def _list_archive(spec: str, archive: Archive, patience: Patience, stop: Stop) -> Catalogue:
-    (found,) = persist(lambda: find(archive.url, patience), archive.url, patience, stop)
-    return Catalogue(
-        spec=spec,
-        origin=archive.url,
-        files=[
-            RemoteFile(
-                name=archive.url.rpartition("/")[2],
-                url=archive.url,
-                size=found.size,
-                checksum=archive.checksum,
-            )
-        ],
-        counts=KNOWN[spec].counts,
-        class_names=list(archive.classes.values()),
-        layout="archive",
-        root=archive.root,
-        folders=list(archive.classes),
-    )

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data.records import DatasetError
+
 Result = TypeVar("Result")
 Stop = Callable[[], bool]
 
@@ -21,6 +23,10 @@ _log = logging.getLogger(__name__)
 
 class DownloadError(OSError):
     """A server failed, or sent something else, as often as it was asked. May go better later."""
+
+
+class RefusedError(DatasetError):
+    """A server does not give what it is asked for, and will not if asked again."""
 
 
 class TryAgainError(Exception):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from data import jpeg, manifest
 from data.decode import UndecodableError
 from data.decoding_pool import DecodingPool, decoding_pool
-from data.disk_space import MARGIN, check_disk, image_bytes
+from data.disk_space import check_disk
 from data.duplicates import hashes_to_text, perceptual_hashes
 from data.jpeg_shards import write_jpegs
 from data.manifest import Manifest
@@ -57,12 +57,13 @@ def prepare(
     workers: int,
     max_skipped: float = 0.01,
     pixel_format: PixelFormat = "raw",
+    suspect: bool | None = None,
 ) -> Manifest:
     """Decode, crop and shrink every image of `source` into `directory`.
 
-    Whole shards that are there already, from the same source and settings, are kept: of an
-    unfinished directory by size and time, of a finished one by SHA-256. Memory does
-    not grow with the number of images. Only one preparation may write to a directory at a time.
+    Whole shards that are there already, from the same source and settings, are kept: by size and
+    time, of a directory that is suspect by SHA-256. Memory does not grow with the number of
+    images. Only one preparation may write to a directory at a time.
 
     Args:
         source: Where the images come from.
@@ -74,6 +75,8 @@ def prepare(
         max_skipped: Largest fraction of images, in [0, 1], that may be set aside because they
             cannot be decoded. Each is recorded with its reason.
         pixel_format: How the pixels are stored; `jpeg` needs an even `side`.
+        suspect: Whether damage was found here, so that no shard is trusted by size and time.
+            None: where the directory is finished, as nobody prepares it again without a reason.
 
     Returns:
         The manifest, as written.
@@ -98,8 +101,8 @@ def prepare(
         for split, count in source.counts.items()
         for first in range(0, count, SHARD_IMAGES)
     ]
-    # Whoever prepares a finished directory again has found something wrong with it.
-    suspect = (directory / manifest.FILE_NAME).exists()
+    if suspect is None:
+        suspect = (directory / manifest.FILE_NAME).exists()
     target = _Target(directory, side, pixel_format, made_from)
     # Not the shards themselves: their labels would fill memory.
     kept: set[_Part] = set()
@@ -113,11 +116,14 @@ def prepare(
     total = sum(source.counts.values())
     done = sum(part.count for part in kept)
     if done < total:
-        if pixel_format == "jpeg" and kept:  # a better sample than any
-            each = MARGIN * kept_bytes / done
-        else:
-            each = image_bytes(source, side, pixel_format)
-        check_disk(directory, total - done, (total - done) * each, pixel_format)
+        check_disk(
+            source,
+            directory,
+            side=side,
+            pixel_format=pixel_format,
+            done=done,
+            done_bytes=kept_bytes,
+        )
 
     tally = _Tally(total, done, report, max_skipped, skipped)
     tally.check()

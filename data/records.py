@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from PIL import Image
 
 Split = Literal["train", "test"]
 """Parts of a source. Validation is held out of `train` later, by `data.splits`."""
+
+SAMPLE_PLACES = 8
+"""Places from which a sample is taken, some images in a row at each: sources have an order."""
 
 
 class DatasetError(ValueError):
@@ -50,6 +54,8 @@ class Source(ABC):
     """Names in the order of the labels; None if the images have no labels."""
     counts: Mapping[Split, int]
     """Images per split; has "test" only where the source brings test images of its own."""
+    sample_place: str = "all of them"
+    """Which images `sample` stands for at best, for people."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -61,3 +67,26 @@ class Source(ABC):
     @abstractmethod
     def records(self, split: Split, start: int = 0) -> Iterator[Record]:
         """Yield the images of `split`, leaving out the first `start`."""
+
+    def sample(self, split: Split, count: int) -> Iterator[Record]:
+        """Yield images that stand for all of `split`, evenly spread: `count`, or a few less.
+
+        A source of which a part is costly to reach overrides it, and `sample_place`.
+        """
+        for start, length in spread(self.counts[split], count):
+            yield from islice(self.records(split, start), length)
+
+
+def spread(total: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield where to take some of `total` images in a row, and how many there.
+
+    The places are at equal distances, at most `SAMPLE_PLACES`; no image is taken twice.
+
+    Args:
+        total: Images that there are.
+        count: Images wanted in all, which is rounded down to as many at each place.
+    """
+    count = min(count, total)
+    places = min(SAMPLE_PLACES, count)
+    for place in range(places):
+        yield total * place // places, count // places

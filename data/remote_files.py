@@ -13,6 +13,7 @@ from typing import Any
 
 from data.patience import (
     Patience,
+    RefusedError,
     Stop,
     TryAgainError,
     asked_wait,
@@ -65,7 +66,8 @@ def opened(
 
     Raises:
         TryAgainError: If the server or the network failed, also while the bytes are read.
-        DatasetError: If the server refuses.
+        RefusedError: If the server refuses.
+        DatasetError: If the address is none, or its store needs one more package.
     """
     if not _is_http(url):
         with ExitStack() as stack:
@@ -203,26 +205,26 @@ def _errors_of_http(url: str) -> Iterator[None]:
         raise try_again(error) from error
 
 
-def offline(what: str) -> DatasetError:
+def offline(what: str) -> RefusedError:
     """Return the error of a download that the environment forbids."""
-    return DatasetError(
+    return RefusedError(
         f"{what} must be downloaded, and HF_HUB_OFFLINE forbids it. Unset it for this run; "
         "afterwards the images are on this computer."
     )
 
 
-def gated(repository: str) -> DatasetError:
+def gated(repository: str) -> RefusedError:
     """Return the error of a data set on the Hub whose terms must be accepted first."""
     from huggingface_hub import constants, get_token
 
     page = f"{constants.ENDPOINT}/datasets/{repository}"
     if get_token() is None:
-        return DatasetError(
+        return RefusedError(
             f"{repository} is given only to those who accepted its terms, and there is no token. "
             f"Open {page}, log in and accept them, then set HF_TOKEN to a token of that account "
             f"({constants.ENDPOINT}/settings/tokens)."
         )
-    return DatasetError(
+    return RefusedError(
         f"{repository} is given only to those who accepted its terms, and the account of this "
         f"token has not, or the token may not read it. Open {page}, accept the terms, and set "
         "HF_TOKEN to a token of that account with the right to read gated repositories."
@@ -240,7 +242,7 @@ def _check_status(response: Any, url: str) -> None:
     if found and response.headers.get("X-Error-Code") == "GatedRepo":
         raise gated(found[1])
     hint = " The address may be misspelt, or need a login." if status in (401, 403, 404) else ""
-    raise DatasetError(f"{url} must be readable, the server answered {status}.{hint}")
+    raise RefusedError(f"{url} must be readable, the server answered {status}.{hint}")
 
 
 def _extent(response: Any) -> tuple[int, int | None]:
@@ -290,7 +292,7 @@ def _errors_of_fsspec(url: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
-        raise DatasetError(
+        raise RefusedError(
             f"{url} must be readable, it is not: {error}. Look at the address and at the "
             "credentials of its store."
         ) from error
@@ -300,4 +302,4 @@ def _errors_of_fsspec(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # the library of a store has errors of its own
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
-        raise DatasetError(f"{url} must be readable, its store's library says {reason}.") from error
+        raise RefusedError(f"{url} must be readable, its store's library says {reason}.") from error

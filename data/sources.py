@@ -179,6 +179,7 @@ class _WithTest(Source):
         self.spec = train.spec
         self.class_names = train.class_names
         self.counts = {"train": train.counts["train"], "test": test.counts[self._part]}
+        self.sample_place = train.sample_place
         self._label_map = _map_labels(train, test)
 
     def identity(self) -> dict[str, Any]:
@@ -198,6 +199,12 @@ class _WithTest(Source):
             known = record.label is not None and self._label_map is not None
             label = self._label_map[record.label] if known else None  # type: ignore[index]
             yield replace(record, label=label)
+
+    def sample(self, split: Split, count: int) -> Iterator[Record]:
+        """Yield images that stand for all of `split`, as the training images' source chooses."""
+        return (
+            self._train.sample(split, count) if split == "train" else super().sample(split, count)
+        )
 
 
 def _map_labels(train: Source, test: Source) -> list[int] | None:

@@ -136,7 +136,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             get_client(sync_client=True)
-        except Exception as error:
+        except Exception as error:  # raised again below, in the thread that waits
             problems.append(error)
 
     thread = threading.Thread(target=start, daemon=True)

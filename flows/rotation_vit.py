@@ -27,7 +27,7 @@ from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
 from tasks.report import report
-from training import preflight, store
+from training import attempts, preflight, store
 from training.run_record import RunRecord
 from training.settings import Settings
 from training.stages import plan, refreshed
@@ -116,7 +116,7 @@ def run_stages(
             request = store.make_request(stage, settings, outputs, record.stages, record.name)
             record.begin(request)
             if stage.name in again:
-                store.refresh(request, str(flow_run.id))
+                attempts.refresh(request, str(flow_run.id))
             record.add(deliver(TASKS[stage.name], request))
             if stage.name.startswith("download"):  # now it is known what the images are
                 preflight.check(settings, outputs, until)

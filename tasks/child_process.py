@@ -13,7 +13,7 @@ import subprocess
 import sys
 from typing import IO, Any
 
-from training import progress, store
+from training import attempts, progress, stage_files
 from training.errors import ERRORS_BY_NAME
 from training.lock import locked
 from training.stages import STAGES
@@ -30,7 +30,7 @@ class StageFailedError(RuntimeError):
     """A stage's process ended without a result."""
 
     def __init__(self, message: str, *, reached: int) -> None:
-        """Say why, and how far it came: see `store.progress_on_disk`."""
+        """Say why, and how far it came: see `attempts.progress_on_disk`."""
         super().__init__(message)
         self.reached = reached
 
@@ -48,10 +48,10 @@ def run_in_child(request: StageRequest) -> StageResult:
         ValueError: A user's mistake, as the type that the child raised.
     """
     with (
-        store.full_disk_explained(request.outputs),
-        locked(store.lock_path(request), what=request.stage),
+        stage_files.full_disk_explained(request.outputs),
+        locked(attempts.lock_path(request), what=request.stage),
     ):
-        found = store.begin(request)
+        found = attempts.begin(request)
     if found:
         return found
     module = STAGES[request.stage].module or request.stage
@@ -115,7 +115,7 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
         return StageResult.model_validate(events["result"])
     if code == EXIT_RESUME:
         raise StageStoppedError(f"{request.stage} was stopped and has saved its state.")
-    reached = store.progress_on_disk(request)
+    reached = attempts.progress_on_disk(request)
     if "error" in events:
         name, message = events["error"]["type"], events["error"]["message"]
         if name in ERRORS_BY_NAME:

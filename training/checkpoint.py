@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import CheckpointError
-from training.store import checkpoint_step, digest_of, sha256_of, sync_path
+from training.stage_files import checkpoint_step, digest_of, sha256_of, sync_path
 
 logger = logging.getLogger(__name__)
 

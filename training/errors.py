@@ -1,9 +1,10 @@
 """The errors that a user can mend, gathered from where they are raised. Imports no torch."""
 
+from data.patience import RefusedError
 from data.records import DatasetError
 from models.errors import ModelError
 from training.settings import ConfigError
-from training.store import OutputsError
+from training.stage_files import OutputsError
 
 
 class CheckpointError(ValueError):
@@ -21,6 +22,7 @@ class OutOfMemoryError(MemoryError):
 USER_ERRORS = (
     ConfigError,
     DatasetError,
+    RefusedError,
     ModelError,
     OutputsError,
     CheckpointError,

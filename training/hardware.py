@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from training.settings import HardwareSettings
-from training.store import OutputsError, write_atomically
+from training.stage_files import OutputsError
+from training.store import write_atomically
 
 logger = logging.getLogger(__name__)
 

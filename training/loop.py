@@ -28,9 +28,9 @@ from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
 from training.runner import StageContext
 from training.settings import RecipeSettings
+from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped
-from training.store import CHECKPOINTS
 from training.tracking import Tracker
 
 logger = logging.getLogger(__name__)

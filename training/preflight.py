@@ -7,8 +7,9 @@ from data.records import DatasetError
 from data.sources import Outline, outline
 from training import store
 from training.settings import Settings
+from training.stage_files import OutputsError
 from training.stages import STAGES, plan, transfer_data
-from training.store import OutputsError, data_source
+from training.store import data_source
 from training.tracking import wandb_mode
 
 TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "feature_analysis")

@@ -9,8 +9,10 @@ from data.fetching import STAGE
 from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData
+from data.records import DatasetError
 from data.sources import open_source
 from training import runner
+from training.attempts import DOUBTED
 from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.stopping import StopRequest
@@ -39,18 +41,28 @@ def compute(context: StageContext) -> StageOutcome:
                 "command goes on after them."
             )
 
-    manifest = prepare(
-        open_source(
-            source, test_source, downloads=download.directory if download else None, scratch=scratch
-        ),
-        context.directory,
-        side=settings.prepared_size,
-        report=report,
-        workers=settings.hardware.threads or available_processors(),
-        max_skipped=settings.data.max_skipped,
-        pixel_format=settings.data.format,
-    )
+    doubted = context.directory / DOUBTED
+    try:
+        manifest = prepare(
+            open_source(
+                source,
+                test_source,
+                downloads=download.directory if download else None,
+                scratch=scratch,
+            ),
+            context.directory,
+            side=settings.prepared_size,
+            report=report,
+            workers=settings.hardware.threads or available_processors(),
+            max_skipped=settings.data.max_skipped,
+            pixel_format=settings.data.format,
+            suspect=doubted.exists(),
+        )
+    except DatasetError:  # to be mended by other settings, perhaps, which look elsewhere
+        scratch.remove()
+        raise
     scratch.remove()
+    doubted.unlink(missing_ok=True)  # before what may be stopped: a next attempt need not read all
     copies = count_copies(context.directory, context.stop)
     if copies:
         _log.info(

@@ -14,10 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from training import store
+from training import stage_files, store
 from training.settings import Settings, to_yaml
+from training.stage_files import digest_of
 from training.stages import STAGES, plan
-from training.store import StageRequest, StageResult, digest_of, write_atomically
+from training.store import StageRequest, StageResult, write_atomically
 
 SCHEMA_VERSION = 1
 
@@ -189,7 +190,7 @@ def resume_command(directory: Path, outputs: Path, until: str | None) -> str:
 def _newest_checkpoint(outputs: Path, keys: Mapping[str, str]) -> str | None:
     """Return the newest checkpoint of the last stage of a run that has any."""
     for place in reversed(list(keys.values())):
-        newest = store.newest_checkpoint(outputs / place)
+        newest = stage_files.newest_checkpoint(outputs / place)
         if newest is not None:
             return str(newest)
     return None

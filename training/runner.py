@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.patience import DownloadError
-from training import hardware, progress, store
+from training import attempts, hardware, progress, stage_files, store
 from training.errors import USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
@@ -109,17 +109,17 @@ def run_stage(
     # Not `or`: a request that nobody has made yet is false.
     stop = StopRequest() if stop is None else stop
     with (
-        store.full_disk_explained(request.outputs),
-        locked(store.lock_path(request), what=request.stage, give_up=lambda: bool(stop)),
+        stage_files.full_disk_explained(request.outputs),
+        locked(attempts.lock_path(request), what=request.stage, give_up=lambda: bool(stop)),
     ):
-        found = store.begin(request)
+        found = attempts.begin(request)
         if found:
             return found
         started = time.monotonic()
         outcome = compute(StageContext(request, stop))
         result = _finish(request, outcome, seconds=time.monotonic() - started)
         if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
-            shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(request.directory / stage_files.CHECKPOINTS, ignore_errors=True)
         return result
 
 
@@ -166,9 +166,9 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
 
 def _finish(request: StageRequest, outcome: StageOutcome, *, seconds: float) -> StageResult:
     # Before the result that vouches for them, and before the checkpoints go.
-    store.sync_files(request.directory, outcome.made)
-    files = store.record_files(request.directory, list(outcome.made))
-    digest = outcome.digest or store.digest_of(
+    stage_files.sync_files(request.directory, outcome.made)
+    files = stage_files.record_files(request.directory, list(outcome.made))
+    digest = outcome.digest or stage_files.digest_of(
         {
             "scores": outcome.scores,
             "files": {name: record.sha256 for name, record in files.items()},

@@ -6,42 +6,28 @@ a directory whose result verifies is *cached*, one with checkpoints but no resul
 any other is *missing*.
 """
 
-import errno
-import hashlib
-import json
-import logging
 import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 
 from data import catalogue, prepared, sources
-from training.lock import locked
 from training.settings import Settings, flatten
-from training.stages import STAGES, Stage
-
-logger = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a stage's checkpoints, one `step-…` directory each."""
-
+from training.stage_files import (
+    FileRecord,
+    OutputsError,
+    digest_of,
+    newest_step,
+    sha256_of,
+    sync_path,
+)
+from training.stages import Stage
 
 TRANSFER_DATA = ("download_transfer", "prepare_transfer_data")
 """Stages for labelled images that come from elsewhere."""
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when a file cannot grow: no space, a quota, a limit of the process."""
-
-
-class OutputsError(ValueError):
-    """The outputs folder cannot be used."""
 
 
 class StageInput(BaseModel):
@@ -66,13 +52,6 @@ class StageRequest(BaseModel):
     settings: Settings
     run: str = ""
     """Name of the pipeline run that asks; groups tracked runs. Not part of the key."""
-
-
-class FileRecord(BaseModel):
-    """What a file must look like to be the one that the stage made."""
-
-    sha256: str
-    size: int
 
 
 class StageResult(BaseModel):
@@ -204,93 +183,6 @@ def inspect(request: StageRequest) -> Verdict:
     return Verdict(state="cached", result=result)
 
 
-def begin(request: StageRequest) -> StageResult | None:
-    """Return the result if it is there, else make the stage's directory ready to compute in.
-
-    What must not be built on is taken away: a damaged result, or work on inputs that have been
-    replaced since. Call it while holding the lock at `lock_path`.
-    """
-    verdict = inspect(request)
-    if verdict.result:
-        return verdict.result
-    if verdict.stale:
-        _clear(request, verdict)
-    request.directory.mkdir(parents=True, exist_ok=True)
-    write_config(request)
-    return None
-
-
-def lock_path(request: StageRequest) -> Path:
-    """Return the file to lock while a stage is computed; apart from what may be deleted."""
-    return request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
-
-
-def refresh(request: StageRequest, run_id: str) -> None:
-    """Remove what there is for a request, checkpoints included, once nobody computes it.
-
-    Once per flow run, so that a run which is started again goes on instead of beginning anew; and
-    where an earlier refresh was interrupted, its work is kept too.
-
-    Args:
-        request: What is to be computed again.
-        run_id: Of the flow run, the same in all attempts at it.
-    """
-    marker = lock_path(request).with_suffix(".refreshed")
-    with locked(lock_path(request), what=request.stage):
-        before = marker.read_text() if marker.is_file() else ""
-        if before == run_id:
-            return
-        step = newest_step(request.directory)
-        if before and step is not None and not (request.directory / "result.json").is_file():
-            logger.warning(
-                "%s goes on at step %d of the refresh that was interrupted. To begin it anew, "
-                "delete %s.",
-                request.stage,
-                step,
-                request.directory,
-            )
-        else:
-            shutil.rmtree(request.directory, ignore_errors=True)
-        # Last: cut off before this, the next attempt removes what is not there.
-        write_atomically(marker, run_id.encode())
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """Step of a checkpoint by the name of its directory; None if it is not a checkpoint's."""
-    found = re.fullmatch(r"step-(\d+)(-evaluated)?", path.name)
-    return int(found[1]) if found else None
-
-
-def newest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint in a stage's directory; it has not been verified."""
-    newest = newest_checkpoint(directory)
-    return None if newest is None else checkpoint_step(newest)
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest checkpoint in a stage's directory; it has not been verified."""
-    found = (directory / CHECKPOINTS).glob("step-*")
-    # By name: steps have leading zeros, and of two of a step the evaluated one is the newer.
-    return max((path for path in found if checkpoint_step(path) is not None), default=None)
-
-
-def progress_on_disk(request: StageRequest) -> int:
-    """Return how far an unfinished stage came: a number that grows from attempt to attempt.
-
-    Of a training the step of its newest checkpoint, of any other stage the bytes that it wrote,
-    without the `config.yaml` that every attempt begins with.
-    """
-    if STAGES[request.stage].trains:
-        return newest_step(request.directory) or 0
-    written = 0
-    for path in request.directory.rglob("*"):
-        if path == request.directory / "config.yaml":
-            continue
-        with suppress(OSError):  # another process may be at work here
-            written += path.stat().st_size if path.is_file() else 0
-    return written
-
-
 def write_config(request: StageRequest) -> None:
     """Write `config.yaml`, from which the stage can be run and its key explained."""
     write_atomically(
@@ -315,64 +207,6 @@ def read_config(directory: Path) -> StageRequest:
         ) from error
 
 
-def sync_files(directory: Path, names: Sequence[str]) -> None:
-    """Make files and folders below a stage's directory durable."""
-    for name in names:
-        root = directory / name
-        for path in (root, *root.rglob("*"), root.parent):
-            sync_path(path)
-
-
-@contextmanager
-def full_disk_explained(outputs: Path) -> Iterator[None]:
-    """Turn an error that says that there is no space into one that says what to do.
-
-    Raises:
-        OutputsError: If the `with` block failed for lack of space.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if not _is_full_disk(error):
-            raise
-        raise OutputsError(
-            f"The disk of {outputs} is full. Free some space and run the same command again; "
-            "what is finished is kept."
-        ) from error
-
-
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL_DISK
-    # safetensors writes files itself and passes the error on as text.
-    return any(f"os error {number})" in str(error) for number in FULL_DISK)
-
-
-def record_files(directory: Path, names: list[str]) -> dict[str, FileRecord]:
-    """Hash files, and all files of folders, below a stage's directory."""
-    records = {}
-    for name in names:
-        root = directory / name
-        paths = sorted(path for path in root.rglob("*") if path.is_file()) or [root]
-        for path in paths:
-            records[path.relative_to(directory).as_posix()] = FileRecord(
-                sha256=sha256_of(path), size=path.stat().st_size
-            )
-    return records
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Return the sha256, in hex, of a plain value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -385,15 +219,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_path(path.parent)
 
 
-def sync_path(path: Path) -> None:
-    """Make the content of a file, or the names in a directory, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
     values = dict(flatten(settings.model_dump(mode="json")))
     return {
@@ -402,24 +227,6 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
         if any(name == read or name.startswith(f"{read}.") for read in stage.reads)
         or (value and name in stage.reads_where_set)
     }
-
-
-def _clear(request: StageRequest, verdict: Verdict) -> None:
-    directory = request.directory
-    logger.warning("%s is computed again: %s.", request.stage, verdict.why)
-    if request.stage.startswith(("download", "prepare")):
-        (directory / "result.json").unlink(missing_ok=True)  # sound files and shards are kept
-        return
-    # A sound checkpoint of the same inputs leads to the same bytes in less time.
-    kept = {"hardware.json"}
-    if verdict.stale == "damaged":
-        kept |= {"metrics.jsonl", CHECKPOINTS}
-    # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and
-    # last the config, which says what the checkpoints were built on.
-    (directory / "result.json").unlink(missing_ok=True)
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _identity(item: StageInput) -> str:

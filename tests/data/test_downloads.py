@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -20,7 +21,7 @@ from data.patience import DownloadError
 from data.records import DatasetError
 from data.sources import open_source
 from tests.data.standin_data import PATIENCE, get, parquet, reds
-from tests.data.standin_hub import StandInHub
+from tests.data.standin_hub import Fault, StandInHub
 
 
 def test_afterwards_nothing_is_asked_for_any_more(main_branch: StandInHub, tmp_path: Path) -> None:
@@ -170,6 +171,86 @@ def test_imagenette_is_taken_from_its_archive_when_the_hub_has_none(
     assert source.class_names[0] == "tench"
     assert catalogue.verify(tmp_path) is None
     assert list(tmp_path.rglob("*.tgz")) == []
+
+
+@pytest.fixture
+def begun(imagenette_archive: specs.KnownDataset, hub: StandInHub, tmp_path: Path) -> Path:
+    """A download of Imagenette from the Hub, stopped in its first file."""
+    assert imagenette_archive.archive is not None
+    names = list(imagenette_archive.archive.classes.values())
+    files = {
+        f"320px/{part}/0000.parquet": parquet(range(10), names=names)
+        for part in ("train", "validation")
+    }
+    hub.add("frgfm/imagenette", files, revisions=("main", "refs/convert/parquet"))
+    came = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal came
+        came = done
+
+    directory = tmp_path / "begun"
+    with pytest.raises(InterruptedError):
+        downloads.download(
+            ["imagenette"], directory, report=report, patience=PATIENCE, stop=lambda: came > 0
+        )
+    assert list(directory.rglob("*.part"))
+    return directory
+
+
+@pytest.mark.parametrize("fault", [Fault("status", 503, times=4), Fault("status", 404)], ids=str)
+def test_imagenette_is_taken_from_its_archive_when_the_hub_fails_in_the_middle(
+    begun: Path, hub: StandInHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: Fault
+) -> None:
+    hub.faults.append(replace(fault))
+    seen: list[tuple[int, int]] = []
+    (found,) = downloads.download(
+        ["imagenette"], begun, report=lambda *counts: seen.append(counts), patience=PATIENCE
+    )
+    assert re.search(r"Taking imagenette from .*imagenette2-320\.tgz instead", caplog.text)
+    assert seen[-1] == (found.size, found.size)
+    assert list(begun.rglob("*.parquet*")) == []
+    source = open_source("imagenette", downloads=begun)
+    assert [record.label for record in source.records("train")] == list(range(10))
+    del hub.repositories["frgfm/imagenette"]
+    from_the_start = get("imagenette", tmp_path / "other")
+    assert found == from_the_start == catalogue.read(begun)[0]
+    assert get("imagenette", begun) == found, "it stays with the archive"
+
+
+@pytest.mark.parametrize("before", ["shutil.rmtree", "catalogue.write"])
+def test_a_change_to_the_archive_that_is_cut_off_leaves_a_download_that_goes_on(
+    begun: Path, hub: StandInHub, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    hub.faults.append(Fault("status", 404))
+    with monkeypatch.context() as patch:
+        patch.setattr(f"data.downloads.{before}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            get("imagenette", begun)
+    assert get("imagenette", begun).origin.startswith("frgfm/imagenette@")
+    assert catalogue.verify(begun) is None
+
+
+def test_a_full_disk_and_a_finished_download_are_no_reason_to_change_to_the_archive(
+    begun: Path, hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise DatasetError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "fetch", full)
+        with pytest.raises(DatasetError, match="is full"):
+            get("imagenette", begun)
+    found = get("imagenette", begun)
+    assert found.layout == "parquet"
+    next(begun.rglob("*.parquet")).unlink()
+    hub.faults.append(Fault("status", 503, times=4))
+    with pytest.raises(DownloadError, match="attempts in a row failed"):
+        get("imagenette", begun)
+    assert get("imagenette", begun) == found
 
 
 def test_images_missing_from_an_unpacked_archive_are_unpacked_again(

@@ -17,7 +17,7 @@ import pytest
 
 from flows import cli
 from flows.cli import main
-from training import store
+from training import stage_files, store
 from training.settings import ConfigError, Settings, build_settings
 from training.stages import STAGES, plan
 from training.store import StageResult
@@ -310,7 +310,7 @@ def write_result(
         digest=f"digest of {stage}",
         scores=scores,
         inputs={role: item.digest for role, item in request.inputs.items()},
-        files=store.record_files(request.directory, ["made.txt"]),
+        files=stage_files.record_files(request.directory, ["made.txt"]),
     )
     (request.directory / "result.json").write_text(result.model_dump_json())
     store.write_config(request)

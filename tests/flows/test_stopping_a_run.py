@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from training import store
+from training import stage_files
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def wait_for_training(outputs: Path) -> Path:
 
 
 def newest_step(directory: Path) -> int:
-    step = store.newest_step(directory)
+    step = stage_files.newest_step(directory)
     assert step is not None
     return step
 

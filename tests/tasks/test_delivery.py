@@ -16,7 +16,7 @@ from tasks.child_process import StageFailedError
 from tasks.delivery import attempts_without_progress, deliver, stage_task
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
-from training import store
+from training import attempts, store
 from training.settings import ConfigError, merge, validate
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
@@ -71,7 +71,7 @@ def test_who_waited_for_another_runs_pretraining_shows_it_as_cached(
 ) -> None:
     caplog.set_level("INFO", logger="training")
     request = request_of(epochs=400)
-    store.begin(request)
+    attempts.begin(request)
 
     @flow(flow_run_name="waits")
     def waits() -> StageResult:

@@ -16,7 +16,7 @@ from torch import nn
 from training import checkpoint
 from training.checkpoint import Snapshot
 from training.errors import CheckpointError
-from training.store import digest_of, sha256_of
+from training.stage_files import digest_of, sha256_of
 
 IDENTITY = {"key": "abc"}
 

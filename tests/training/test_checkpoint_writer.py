@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import checkpoint, store
+from training import checkpoint, stage_files
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 
@@ -107,7 +107,7 @@ def test_a_full_disk_costs_a_warning_and_the_older_checkpoint_is_kept(
 def test_what_cannot_be_read_back_is_set_aside_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = store.sync_path
+    original = stage_files.sync_path
 
     def lose_a_byte(directory: Path) -> None:
         original(directory)

@@ -1,6 +1,7 @@
 """Downloading as a stage: once, resumed, checked again afterwards, never asked for when done."""
 
 import io
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from data.patience import Patience
 from data.records import DatasetError
 from tasks.child_process import run_in_child
 from tests.data.standin_hub import Fault, StandInHub
-from training import download, preflight, runner, store
+from training import attempts, download, preflight, runner, store
 from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
 from training.settings import Settings, merge, validate
@@ -105,6 +106,19 @@ def test_the_prepared_images_are_those_of_a_run_that_keeps_no_files(
     assert passing["prepare_data"].digest == kept["prepare_data"].digest
     assert passing["prepare_data"].key == kept["prepare_data"].key
     assert list((tmp_path / "passing").rglob("*.parquet")) == []
+
+
+def test_a_preparation_that_is_refused_for_lack_of_space_leaves_no_file_behind(
+    remote: dict[str, Any], tmp_path: Path, run_stages: RunStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "KEEP_BYTES", 0)
+    settings = validate(merge(remote, {"data": {"format": "jpeg", "crop_margin": 0.0}}))
+    run_stages(settings, tmp_path, until="download")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 0))
+    with pytest.raises(DatasetError, match="prepare smaller images"):
+        run_stages(settings, tmp_path, until="prepare_data")
+    assert list(tmp_path.rglob("*.parquet")) == []
 
 
 def test_stopped_it_goes_on_where_it_was(
@@ -226,7 +240,7 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
     monkeypatch.setattr(StopRequest, "listen", lambda self, *, parent: None)
     hub.faults.append(Fault("status", 500, times=99))
     wanted = request(validate(remote), tmp_path)
-    store.begin(wanted)
+    attempts.begin(wanted)
     assert runner.main(download.compute, [str(wanted.directory), "--events"]) == 1
     shown = capfd.readouterr()
     assert "attempts in a row failed" in shown.out
@@ -235,8 +249,8 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
 
 def test_the_settings_are_no_progress(remote: dict[str, Any], tmp_path: Path) -> None:
     wanted = request(validate(remote), tmp_path)
-    store.begin(wanted)
-    assert store.progress_on_disk(wanted) == 0
+    attempts.begin(wanted)
+    assert attempts.progress_on_disk(wanted) == 0
     (wanted.directory / "files").mkdir()
     (wanted.directory / "files" / "config.yaml").write_bytes(b"12345")
-    assert store.progress_on_disk(wanted) == 5
+    assert attempts.progress_on_disk(wanted) == 5

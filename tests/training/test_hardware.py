@@ -6,7 +6,7 @@ import torch
 from training import hardware
 from training.hardware import decide, decide_once
 from training.settings import HardwareSettings
-from training.store import OutputsError
+from training.stage_files import OutputsError
 
 
 def test_a_narrow_network_stays_in_float32_on_cpu() -> None:

@@ -20,6 +20,7 @@ from training.stages import STAGES, plan
 from training.store import StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
+Made = Callable[..., StageResult]
 
 
 @pytest.fixture
@@ -118,16 +119,10 @@ def test_training_on_copies_alone_is_an_error(
         open_pretraining(prepared, settings)
 
 
-def test_a_setting_that_is_off_changes_no_key(tiny_values: dict[str, Any], tmp_path: Path) -> None:
-    data = StageResult(
-        stage="prepare_data",
-        key="k",
-        directory=tmp_path,
-        status="computed",
-        wall_seconds=1,
-        digest="d",
-        scores={},
-    )
+def test_a_setting_that_is_off_changes_no_key(
+    tiny_values: dict[str, Any], tmp_path: Path, made: Made
+) -> None:
+    data = made("prepare_data", tmp_path)
 
     def reads(**changes: Any) -> dict[str, Any]:
         given = {

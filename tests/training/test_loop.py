@@ -13,12 +13,13 @@ import torch
 
 from data import rotation
 from data.randomness import derive_seed
-from training import checkpoint, evaluation, finetune, pretrain, store
+from training import checkpoint, evaluation, finetune, pretrain, stage_files, store
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.errors import CheckpointError, DivergedError, OutOfMemoryError
 from training.runner import run_stage
 from training.settings import ConfigError, Settings, merge, override, validate
+from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult
@@ -53,7 +54,7 @@ def run_with_stops(
 
 
 def weights_sha256(request: StageRequest) -> str:
-    return store.sha256_of(request.directory / "model" / "model.safetensors")
+    return stage_files.sha256_of(request.directory / "model" / "model.safetensors")
 
 
 def metrics(request: StageRequest) -> str:
@@ -61,9 +62,9 @@ def metrics(request: StageRequest) -> str:
 
 
 def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
-    root = request.directory / store.CHECKPOINTS
+    root = request.directory / CHECKPOINTS
     return {
-        path.relative_to(root).as_posix(): store.sha256_of(path)
+        path.relative_to(root).as_posix(): stage_files.sha256_of(path)
         for path in root.rglob("*")
         if path.is_file()
     }
@@ -190,7 +191,7 @@ def test_a_due_checkpoint_at_the_end_of_an_epoch_does_not_wait_for_the_evaluatio
     monkeypatch.setattr(pretrain, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         run_stage(request, pretrain.compute)
-    assert store.newest_step(request.directory) == 6
+    assert stage_files.newest_step(request.directory) == 6
 
 
 def test_a_run_cut_off_after_its_last_step_only_finishes(request_of: RequestOf) -> None:
@@ -254,7 +255,7 @@ def test_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(
         with pytest.raises(DivergedError, match=r"at step 11 of pretrain.*pretrain\.base_lr"):
             run_stage(request, pretrain.compute)
         assert store.inspect(request).step == 8
-        root = request.directory / store.CHECKPOINTS
+        root = request.directory / CHECKPOINTS
         manifest = json.loads((root / "step-00000008" / "manifest.json").read_bytes())
         loaded = checkpoint.load_newest(root, identity=manifest["identity"])
         assert loaded is not None
@@ -333,7 +334,7 @@ def test_a_checkpoint_copied_from_another_run_is_refused_with_the_difference(
     ours, theirs = request_of(changes), request_of()
     with pytest.raises(Stopped):
         run_stage(theirs, pretrain.compute, stop_after(4))
-    shutil.copytree(theirs.directory / store.CHECKPOINTS, ours.directory / store.CHECKPOINTS)
+    shutil.copytree(theirs.directory / CHECKPOINTS, ours.directory / CHECKPOINTS)
     with pytest.raises(CheckpointError) as error:
         run_stage(ours, pretrain.compute)
     assert difference in str(error.value)
@@ -349,13 +350,13 @@ def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
 
     def delete_first(self: CheckpointWriter, snapshot: Any) -> None:
         self.wait()
-        shutil.rmtree(request.directory / store.CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(request.directory / CHECKPOINTS, ignore_errors=True)
         original(self, snapshot)
 
     monkeypatch.setattr(CheckpointWriter, "submit", delete_first)
     run_stage(request, pretrain.compute)
     assert weights_sha256(request) == weights_sha256(whole)
-    assert store.newest_step(request.directory) == 18
+    assert stage_files.newest_step(request.directory) == 18
 
 
 def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(

@@ -10,7 +10,7 @@ import pytest
 from data.records import DatasetError
 from training import preflight
 from training.settings import ConfigError, Settings, merge, validate
-from training.store import OutputsError
+from training.stage_files import OutputsError
 
 
 def test_sound_settings_pass(tiny_settings: Settings, tmp_path: Path) -> None:

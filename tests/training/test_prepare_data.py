@@ -1,5 +1,6 @@
 """Preparation as a stage: stopped between two images, it goes on from its finished parts."""
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from data import prepare as preparing
-from training import prepare_data, store
+from data.prepared import verify
+from data.shards import file_sha256
+from training import attempts, prepare_data, store
 from training.runner import StageContext, StageOutcome, run_stage
 from training.settings import Settings, merge, validate
 from training.stages import STAGES
@@ -37,6 +40,55 @@ def test_stopped_and_typed_again_it_makes_the_same_images(
     again = run_stage(cut, prepare_data.compute)
     assert again.digest == whole.digest
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "not written a second time"
+
+
+@pytest.fixture
+def pixels_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards whose pixels are hashed to see whether they can be kept."""
+    names: list[str] = []
+
+    def hashed(path: Path) -> str:
+        names.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(preparing, "SHARD_IMAGES", 16)
+    monkeypatch.setattr(preparing, "file_sha256", hashed)
+    return names
+
+
+def test_stopped_while_copies_are_counted_it_goes_on_without_reading_the_pixels(
+    tiny_settings: Settings, tmp_path: Path, pixels_read: list[str]
+) -> None:
+    wanted = request(tiny_settings, tmp_path)
+
+    class OnceFinished(StopRequest):
+        def __bool__(self) -> bool:
+            return (wanted.directory / "manifest.json").exists()
+
+    with pytest.raises(InterruptedError, match="looking for copies"):
+        run_stage(wanted, prepare_data.compute, OnceFinished())
+    assert run_stage(wanted, prepare_data.compute).status == "computed"
+    assert pixels_read == []
+
+
+def test_after_damage_every_part_is_read_also_where_the_repair_was_stopped(
+    stop_after: StopAfter, tiny_settings: Settings, tmp_path: Path, pixels_read: list[str]
+) -> None:
+    """One part is gone, which is seen; of another one a byte has changed, and not its time."""
+    wanted = request(tiny_settings, tmp_path)
+    whole = run_stage(wanted, prepare_data.compute)
+    (wanted.directory / "train-00002.npy").unlink()
+    path = wanted.directory / "train-00001.npy"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(InterruptedError):
+        run_stage(wanted, prepare_data.compute, stop_after(3))
+    pixels_read.clear()
+    assert run_stage(wanted, prepare_data.compute).digest == whole.digest
+    assert {"train-00000.npy", "train-00001.npy", "test-00000.npy"} <= set(pixels_read)
+    assert verify(wanted.directory, full=True) is None
+    assert not (wanted.directory / attempts.DOUBTED).exists()
 
 
 def test_the_format_that_is_set_is_stored(tiny_settings: Settings, tmp_path: Path) -> None:

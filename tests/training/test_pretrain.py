@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from models.export import load_model
-from training import pretrain, store
+from training import pretrain, stage_files, store
 from training.errors import CheckpointError, DivergedError
 from training.network import build_model
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge, validate
+from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult
@@ -34,7 +35,7 @@ def request_of(run_stages: RunStages, tmp_path: Path) -> Callable[..., StageRequ
 
 
 def weights_sha256(request: StageRequest) -> str:
-    return store.sha256_of(request.directory / "model" / "model.safetensors")
+    return stage_files.sha256_of(request.directory / "model" / "model.safetensors")
 
 
 def metric_lines(request: StageRequest) -> list[dict[str, Any]]:
@@ -137,7 +138,7 @@ def test_checkpoints_that_are_all_damaged_end_in_an_error(
     request = request_of(tiny_settings)
     with pytest.raises(Stopped):
         run_stage(request, pretrain.compute, stop_after(8))
-    for path in (request.directory / store.CHECKPOINTS).rglob("model.safetensors"):
+    for path in (request.directory / CHECKPOINTS).rglob("model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="all under"):
         run_stage(request, pretrain.compute)
@@ -182,7 +183,7 @@ def test_exported_weights_are_those_of_the_last_step(
 ) -> None:
     request = request_of(tiny_settings)
     run_stage(request, pretrain.compute)
-    last = request.directory / store.CHECKPOINTS / "step-00000018-evaluated" / "model.safetensors"
+    last = request.directory / CHECKPOINTS / "step-00000018-evaluated" / "model.safetensors"
     exported = load_file(request.directory / "model" / "model.safetensors")
     for name, tensor in load_file(last).items():
         assert torch.equal(tensor, exported[name]), name

@@ -1,50 +1,18 @@
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training import store
-from training.runner import StageContext, StageOutcome, run_stage
+from training.runner import Compute, StageContext, StageOutcome, run_stage
 from training.settings import Settings, merge, validate
+from training.stage_files import CHECKPOINTS, OutputsError
 from training.stages import STAGES
-from training.store import OutputsError, StageRequest, StageResult
+from training.store import StageRequest, StageResult
 
 Request = Callable[..., StageRequest]
-
-
-def made(stage: str, directory: Path, *, key: str = "k", digest: str = "d") -> StageResult:
-    return StageResult(
-        stage=stage,
-        key=key,
-        directory=directory,
-        status="computed",
-        wall_seconds=1.0,
-        digest=digest,
-        scores={},
-    )
-
-
-@pytest.fixture
-def request_pretrain(tmp_path: Path, tiny_values: dict[str, Any]) -> Request:
-    """Build the request of `pretrain`, with changed settings or other input data."""
-
-    def build(changes: dict[str, Any] | None = None, *, data_digest: str = "d") -> StageRequest:
-        settings: Settings = validate(merge(tiny_values, changes or {}))
-        data = made("prepare_data", tmp_path / "prepared", digest=data_digest)
-        return store.make_request(
-            STAGES["pretrain"], settings, tmp_path / "outputs", {"prepare_data": data}
-        )
-
-    return build
-
-
-def compute(context: StageContext) -> StageOutcome:
-    (context.directory / "model").mkdir(exist_ok=True)
-    (context.directory / "model" / "weights").write_bytes(b"0123456789")
-    return StageOutcome(scores={"top1": 0.5}, made=["model"])
+Made = Callable[..., StageResult]
 
 
 def test_the_key_changes_with_every_setting_that_can_change_the_result(
@@ -82,6 +50,7 @@ def test_the_key_ignores_what_cannot_change_the_result(request_pretrain: Request
 
 def test_a_result_that_verifies_is_cached_and_not_computed_again(
     request_pretrain: Request,
+    compute: Compute,
 ) -> None:
     request = request_pretrain()
     assert store.inspect(request).state == "missing"
@@ -105,6 +74,7 @@ def test_a_result_that_verifies_is_cached_and_not_computed_again(
 )
 def test_a_damaged_file_is_computed_again_with_the_reason(
     request_pretrain: Request,
+    compute: Compute,
     damage: Callable[[Path], Any],
     why: str,
     caplog: pytest.LogCaptureFixture,
@@ -120,7 +90,7 @@ def test_a_damaged_file_is_computed_again_with_the_reason(
     assert store.inspect(request).state == "cached"
 
 
-def test_an_unreadable_result_is_not_trusted(request_pretrain: Request) -> None:
+def test_an_unreadable_result_is_not_trusted(request_pretrain: Request, compute: Compute) -> None:
     request = request_pretrain()
     run_stage(request, compute)
     (request.directory / "result.json").write_text("{}")
@@ -132,43 +102,13 @@ def test_checkpoints_without_a_result_are_partial_at_the_newest_step(
 ) -> None:
     request = request_pretrain()
     for name in ("step-00000009", "step-00000012", "step-00000013.damaged", ".tmp-x"):
-        (request.directory / store.CHECKPOINTS / name).mkdir(parents=True)
+        (request.directory / CHECKPOINTS / name).mkdir(parents=True)
     verdict = store.inspect(request)
     assert (verdict.state, verdict.step) == ("partial", 12)
 
 
-def test_a_refresh_removes_everything_once_per_flow_run(request_pretrain: Request) -> None:
-    request = request_pretrain()
-    run_stage(request, compute)
-    store.refresh(request, "first")
-    assert not request.directory.exists()
-    (request.directory / store.CHECKPOINTS / "step-00000009").mkdir(parents=True)
-    store.refresh(request, "first")
-    assert store.inspect(request).step == 9, "a retry goes on"
-    run_stage(request, compute)
-    store.refresh(request, "first")
-    assert store.inspect(request).state == "cached", "it is not computed twice"
-    store.refresh(request, "second")
-    assert store.inspect(request).state == "missing"
-
-
-def test_a_refresh_keeps_the_work_of_an_interrupted_one_and_no_other(
-    request_pretrain: Request, caplog: pytest.LogCaptureFixture
-) -> None:
-    request = request_pretrain()
-    checkpoint = request.directory / store.CHECKPOINTS / "step-00000009"
-    checkpoint.mkdir(parents=True)
-    store.refresh(request, "first")
-    assert not checkpoint.exists()
-    checkpoint.mkdir(parents=True)
-    store.refresh(request, "second")
-    assert checkpoint.exists()
-    assert "pretrain goes on at step 9 of the refresh that was interrupted" in caplog.text
-    assert f"delete {request.directory}" in caplog.text
-
-
 def test_a_result_built_on_a_replaced_input_is_missing(
-    request_pretrain: Request, tmp_path: Path, tiny_settings: Settings
+    made: Made, compute: Compute, tmp_path: Path, tiny_settings: Settings
 ) -> None:
     def probe_on(backbone_digest: str) -> StageRequest:
         results = {
@@ -180,12 +120,12 @@ def test_a_result_built_on_a_replaced_input_is_missing(
     first, second = probe_on("old"), probe_on("new")
     assert first.key == second.key, "a backbone's bytes are checked, not part of the key"
     run_stage(first, compute)
-    (first.directory / store.CHECKPOINTS / "step-00000001").mkdir(parents=True)
+    (first.directory / CHECKPOINTS / "step-00000001").mkdir(parents=True)
     verdict = store.inspect(second)
     assert verdict.state == "missing"
     assert verdict.why == "pretrain was computed again and is not the same"
     run_stage(second, compute)
-    assert not (first.directory / store.CHECKPOINTS).exists(), "nothing resumes from old work"
+    assert not (first.directory / CHECKPOINTS).exists(), "nothing resumes from old work"
     assert store.inspect(second).state == "cached"
 
 
@@ -201,47 +141,7 @@ def test_only_jpeg_enters_the_key_of_prepared_images(
     assert prepare_with(format="jpeg").key != prepare_with().key
 
 
-@pytest.mark.parametrize("number", range(1, 12))
-def test_outdated_work_that_is_cleared_only_in_part_is_never_built_on(
-    request_pretrain: Request, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """The process is killed before each thing that it takes away."""
-    old = request_pretrain(data_digest="old")
-    run_stage(old, compute)
-    (old.directory / store.CHECKPOINTS / "step-00000001").mkdir(parents=True)
-    new = old.model_copy(deep=True)
-    new.inputs["data"].digest = "new"  # the same key; the images were prepared again
-    assert store.inspect(new).stale == "outdated"
-    done = 0
-
-    def killed(*_: object, **__: object) -> None:
-        nonlocal done
-        done += 1
-        if done == number:
-            raise KeyboardInterrupt
-
-    original_remove_tree, original_unlink = shutil.rmtree, Path.unlink
-
-    def remove_tree(path: Path) -> None:
-        killed()
-        original_remove_tree(path)
-
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        killed()
-        original_unlink(path, missing_ok)
-
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", remove_tree)
-        patch.setattr(Path, "unlink", unlink)
-        store.begin(new)
-    verdict = store.inspect(new)
-    left_to_build_on = (new.directory / store.CHECKPOINTS).exists() or verdict.state == "cached"
-    assert verdict.state != "cached"
-    if left_to_build_on:
-        assert verdict.stale == "outdated"
-
-
-def test_status_says_which_setting_changed(request_pretrain: Request) -> None:
+def test_status_says_which_setting_changed(request_pretrain: Request, compute: Compute) -> None:
     run_stage(request_pretrain(), compute)
     verdict = store.inspect(request_pretrain({"pretrain": {"base_lr": 0.5}}))
     assert verdict.why == "because pretrain.base_lr changed from 0.002 to 0.5"
@@ -258,10 +158,3 @@ def test_a_request_comes_back_from_its_directory(request_pretrain: Request) -> N
 def test_a_directory_without_a_config_is_explained(tmp_path: Path) -> None:
     with pytest.raises(OutputsError, match=r"must hold a config\.yaml"):
         store.read_config(tmp_path)
-
-
-def test_files_are_hashed_as_the_sha256_command_does(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    # The test vector of FIPS 180-4.
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert store.sha256_of(tmp_path / "a") == expected

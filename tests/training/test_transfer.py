@@ -10,13 +10,14 @@ import torch
 
 from data.loaders import eval_batches
 from models.export import load_model
-from training import finetune, linear_probe, store
+from training import finetune, linear_probe, stage_files, store
 from training.evaluation import evaluate
 from training.hardware import Hardware
 from training.images import open_labelled
 from training.network import build_model
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge, validate
+from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult
@@ -158,8 +159,10 @@ def test_a_stopped_fine_tuning_resumes_with_its_best_weights(
                 run_stage(request, finetune.compute, StopOnce())
         result = run_stage(request, finetune.compute)
         assert result.status == ("resumed" if stops else "computed")
-        ends.append((result.scores, store.sha256_of(request.directory / "model/model.safetensors")))
-        assert not (request.directory / store.CHECKPOINTS).exists(), "of no use any more"
+        ends.append(
+            (result.scores, stage_files.sha256_of(request.directory / "model/model.safetensors"))
+        )
+        assert not (request.directory / CHECKPOINTS).exists(), "of no use any more"
     assert ends[0] == ends[1]
 
 
