@@ -133,6 +133,10 @@ class Prefect:
             )
         return found
 
+    def how_to_resume(self, run: UUID) -> Artifact:
+        (found,) = (item for item in self.artifacts(run) if item.key == "how-to-resume")
+        return found
+
     def gpu_slots_taken(self) -> int:
         """How many trainings hold the GPU slot, as the server counts."""
         with self._client() as client:
@@ -196,6 +200,13 @@ class Prefect:
         process = self.stage_process()
         assert process is not None
         return process
+
+    @staticmethod
+    def engine_of(stage: psutil.Process) -> psutil.Process:
+        """The flow run's process."""
+        parent = stage.parent()
+        assert parent is not None
+        return parent
 
     def engines(self) -> list[psutil.Process]:
         """The processes of flow runs that the worker has started."""
@@ -267,8 +278,14 @@ def _words(process: psutil.Process) -> list[str]:
     return words
 
 
+@pytest.fixture
+def prefect(running: Prefect) -> Iterator[Prefect]:
+    yield running
+    running.clear()  # a test that fails must not leave a training that holds the slot of all others
+
+
 @pytest.fixture(scope="session")
-def prefect(
+def running(
     tmp_path_factory: pytest.TempPathFactory, tiny_run: dict[str, Any]
 ) -> Iterator[Prefect]:
     home = tmp_path_factory.mktemp("prefect")
@@ -277,13 +294,13 @@ def prefect(
         "checkpoint": {"every_steps": 10},
         "tracking": {"log_every_steps": 2, "wandb": "disabled"},
     }
-    running = Prefect(home, tmp_path_factory.mktemp("outputs"), values)
+    started = Prefect(home, tmp_path_factory.mktemp("outputs"), values)
     try:
-        running.start_server()
-        running.set_up()
-        deployed = running.prefect("deploy", "--all")
+        started.start_server()
+        started.set_up()
+        deployed = started.prefect("deploy", "--all")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-        running.start_worker()
-        yield running
+        started.start_worker()
+        yield started
     finally:
-        running.stop()
+        started.stop()
