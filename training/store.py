@@ -29,6 +29,9 @@ from training.stages import STAGES, Stage
 
 logger = logging.getLogger(__name__)
 
+MODEL = "model"
+"""Folder of the model that a stage made, in transformers' format."""
+
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
