@@ -21,7 +21,16 @@ from torch.nn.functional import interpolate
 from data.jpeg_end import UndecodableError, check_jpeg_ends
 from data.transforms import centre_crop_square, resize
 
-__all__ = ["FORMATS", "MAX_FILE_BYTES", "MAX_PIXELS", "UndecodableError", "decode_square"]
+__all__ = [
+    "FORMATS",
+    "MAX_FILE_BYTES",
+    "MAX_PIXELS",
+    "TURNS",
+    "UndecodableError",
+    "decode_square",
+    "orientation_of",
+    "read_file",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is opened, judged by content and not by name. Rare decoders have the most holes."""
@@ -39,7 +48,7 @@ _BAND_PIXELS = 2**22
 _ORIENTATION = 0x0112
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258  # tags of TIFF
 
-_TURNS: dict[object, Image.Transpose] = {
+TURNS: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -104,7 +113,7 @@ def decode_square(image: bytes | Path | Image.Image, side: int) -> NDArray[np.ui
 
 
 def _open(image: bytes | Path) -> Image.Image:
-    content = _read(image) if isinstance(image, Path) else image
+    content = read_file(image) if isinstance(image, Path) else image
     if not content:
         raise UndecodableError("the file is empty")
     try:
@@ -120,7 +129,13 @@ def _open(image: bytes | Path) -> Image.Image:
     return picture
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """Return the content of a plain file.
+
+    Raises:
+        UndecodableError: If it is no plain file, or larger than `MAX_FILE_BYTES`.
+        OSError: If it cannot be read.
+    """
     # What was opened is asked what it is, and not the path beforehand: nothing can change between.
     with open(path, "rb", opener=_without_waiting) as file:
         status = os.fstat(file.fileno())
@@ -148,13 +163,19 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {text}".split())[:200]
 
 
+def orientation_of(picture: Image.Image) -> int:
+    """Return the EXIF orientation by which a picture is shown, 1 to 8; 1 if none is valid."""
+    try:
+        found = picture.getexif().get(_ORIENTATION)
+        return int(found) if found in TURNS else 1
+    except Exception:  # the pixels are sound; only what was written beside them is not
+        return 1
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it also writes the other tags anew, and where one of them is
     # damaged it raises although the orientation was read well.
-    try:
-        turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
-    except Exception:  # the pixels are sound; only what was written beside them is not
-        turn = None
+    turn = TURNS.get(orientation_of(picture))
     return picture if turn is None else picture.transpose(turn)
 
 

@@ -138,6 +138,25 @@ class FolderSource(Source):
         return names
 
 
+def list_images(root: Path) -> list[str]:
+    """Return the names of all images below a folder, relative to it, sorted; whatever its folders.
+
+    Hidden ones, and links that lead out of the folder, are left out.
+
+    Raises:
+        DatasetError: If it is no folder that can be listed, or has no images.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root} must be a folder of photos, and there is none.")
+    names = [file.name for file in _Walk(root.resolve()).list_images("")]
+    if not names:
+        raise DatasetError(
+            f"{root} must hold images, found none. Images are files that end in "
+            f"{', '.join(sorted(EXTENSIONS))}."
+        )
+    return names
+
+
 def _not_listed(error: OSError) -> None:
     """Stop: without this, `os.walk` would leave out all that is in such a folder."""
     raise DatasetError(

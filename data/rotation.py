@@ -9,6 +9,9 @@ from torch import Tensor
 NUM_ROTATIONS = 4
 """Label k stands for k x 90 degrees, counter-clockwise: 0, 90, 180, 270."""
 
+ROTATION_NAMES = ("0", "90", "180", "270")
+"""Names of the labels, in degrees counter-clockwise. A model with these tells which way up."""
+
 
 def make_rotation_batch(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return every image in all four orientations, with the labels to predict.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import model_commands
 from flows.local_run import log_path, server_is_configured, start_flow
 from training.presets import PRESETS
 from training.stages import STAGES, Stage, plan, refreshed
@@ -205,6 +206,9 @@ def config(
     from training.settings import to_yaml
 
     typer.echo(to_yaml(settings), nl=False)
+
+
+model_commands.add_to(app)
 
 
 def _settings(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -14,10 +14,14 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from data.records import printable
 from training import progress
 from training.presets import Preset
 from training.progress import Progress
-from training.wording import Pace, duration, scores_in_words, stage_title
+from training.wording import Pace, duration, scores_in_words, stage_title, turn_in_words
+
+if TYPE_CHECKING:
+    from training.upright import Photo
 
 LOGGERS = ("flows", "tasks", "training", "models", "data")
 """Loggers whose lines are shown."""
@@ -68,6 +72,57 @@ def presets_table(presets: Mapping[str, Preset]) -> Table:
     table = _table("preset", "what, and what it needs")
     for name, preset in presets.items():
         table.add_row(name, Text.assemble(preset.summary, "\n", (preset.needs, "dim")))
+    return table
+
+
+def classes_table(
+    images: Sequence[Path], rows: Sequence[Sequence[float]], names: Sequence[str], top: int
+) -> Table:
+    """Return the table of `rotvit predict` for a model that tells classes.
+
+    Args:
+        images: Paths of the photos.
+        rows: Of each photo, the probability of every class.
+        names: Of the classes.
+        top: Most classes to show of a photo.
+    """
+    table = _table("image", "class")
+    table.add_column("probability", justify="right")
+    for image, row in zip(images, rows, strict=True):
+        best = sorted(range(len(row)), key=lambda label: -row[label])[:top]
+        for place, label in enumerate(best):
+            name = _text(printable(str(image))) if place == 0 else Text()
+            table.add_row(name, _text(names[label]), f"{row[label]:.3f}")
+    return table
+
+
+def turns_table(images: Sequence[Path], rows: Sequence[Sequence[float]]) -> Table:
+    """Return the table of `rotvit predict` for a model that tells which way up photos are.
+
+    Args:
+        images: Paths of the photos.
+        rows: Of each photo, the probabilities of 0, 90, 180 and 270 degrees counter-clockwise.
+    """
+    table = _table("image", "which way up")
+    for degrees in (0, 90, 180, 270):
+        table.add_column(f"{degrees}°", justify="right")
+    for image, row in zip(images, rows, strict=True):
+        turned = 90 * max(range(len(row)), key=lambda turn: row[turn])
+        shares = [f"{share:.3f}" for share in row]
+        table.add_row(_text(printable(str(image))), turn_in_words(turned), *shares)
+    return table
+
+
+def photos_table(photos: Sequence["Photo"]) -> Table:
+    """Return the table of `rotvit upright`: what was turned or skipped, and why."""
+    table = _table("photo", "found")
+    table.add_column("probability", justify="right")
+    table.add_column("", overflow="fold")
+    for photo in photos:
+        found = "" if photo.turned is None else turn_in_words(photo.turned).partition(";")[0]
+        share = "" if photo.probability is None else f"{photo.probability:.3f}"
+        done = f"skipped: {photo.reason}" if photo.outcome == "skipped" else photo.outcome
+        table.add_row(_text(printable(photo.name)), found, share, _text(done))
     return table
 
 
@@ -206,6 +261,10 @@ def _table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name in {"stage", "state", "preset"})
     return table
+
+
+def _text(words: object) -> Text:
+    return Text(str(words))  # names may hold what rich takes for markup
 
 
 def _coloured(state: str) -> Text:

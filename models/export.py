@@ -19,6 +19,7 @@ from models.vit import allocate
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PROCESSOR_FILE = "preprocessor_config.json"
 
 MAX_NAMES_IN_MESSAGE = 5
 """Weights that an error lists by name; the rest is counted."""
@@ -83,7 +84,7 @@ def load_model(
         ModelError: If files are missing or damaged, if weights are missing, unknown or of another
             shape, or if the model is not the expected one.
     """
-    config = _read_config(directory)
+    config = read_config(directory)
     if expect is not None:
         _check_expected(config, expect, directory)
     model = allocate(config)
@@ -92,6 +93,73 @@ def load_model(
     model.load_state_dict(weights)
     model.train(False)
     return model
+
+
+def read_prepared_size(directory: Path) -> int:
+    """Return the side, in pixels, of the prepared images that the model was evaluated on.
+
+    Args:
+        directory: A `model/` directory.
+
+    Raises:
+        ModelError: If photos are prepared for the model in another way than `save_model` writes
+            down: then it is none of ours, and our data path would show it other pictures.
+    """
+    path = directory / PROCESSOR_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        prepared, side = int(found["size"]["shortest_edge"]), int(found["crop_size"]["height"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory} must be a model that this project wrote, but {PROCESSOR_FILE} is missing "
+            "or of another kind. Other models work with transformers.pipeline."
+        ) from error
+    ours = json.loads(_processor(side, prepared).to_json_string())
+    other = sorted(name for name in ours if found.get(name) != ours[name])
+    if other:
+        raise ModelError(
+            f"{directory} must be a model that this project wrote, but its {PROCESSOR_FILE} has "
+            f"another {', '.join(other)}. Other models work with transformers.pipeline."
+        )
+    return prepared
+
+
+def read_config(directory: Path) -> ViTConfig:
+    """Return the configuration of a model: sizes and names of the classes.
+
+    Raises:
+        ModelError: If there is none, or it is damaged or none of a ViT.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} must hold a model, but there is no {CONFIG_FILE} in it. Name a `model` "
+            "directory of a finished stage."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["model_type"] != "vit":
+            raise ModelError(
+                f"{path} must describe a ViT, got model_type {values['model_type']!r}."
+            )
+        return ViTConfig.from_dict(values)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers checks the values with errors of several kinds
+        raise ModelError(
+            f"{path} is damaged ({error}). Delete the directory and run the stage again."
+        ) from error
+
+
+def label_names(config: ViTConfig) -> tuple[str, ...]:
+    """Return the names of a model's classes, in the order of the labels."""
+    names = {int(label): name for label, name in (config.id2label or {}).items()}
+    return tuple(names[label] for label in sorted(names))
+
+
+def input_side(config: ViTConfig) -> int:
+    """Return the side of the square that a model reads, in pixels."""
+    return _whole(config.image_size)
 
 
 def architecture(config: ViTConfig) -> dict[str, int | float]:
@@ -122,28 +190,6 @@ def _processor(image_size: int, prepared_size: int) -> CLIPImageProcessor:
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-
-
-def _read_config(directory: Path) -> ViTConfig:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise ModelError(
-            f"{directory} must hold a model, but there is no {CONFIG_FILE} in it. Name a `model` "
-            "directory of a finished stage."
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["model_type"] != "vit":
-            raise ModelError(
-                f"{path} must describe a ViT, got model_type {values['model_type']!r}."
-            )
-        return ViTConfig.from_dict(values)
-    except ModelError:
-        raise
-    except Exception as error:  # transformers checks the values with errors of several kinds
-        raise ModelError(
-            f"{path} is damaged ({error}). Delete the directory and run the stage again."
-        ) from error
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:

@@ -26,7 +26,9 @@ import torch
 
 from data.drawn import draw, label_of
 from tests.data.standin_hub import StandInHub, standin_hub
+from tests.landscapes import train_on_landscapes
 from training import store
+from training.run_record import RunRecord
 from training.runner import run_stage
 from training.settings import Settings, validate
 from training.stages import plan
@@ -146,6 +148,28 @@ def run_stages() -> RunStages:
         return results
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the record of a tiny run, with a model of every stage that makes one."""
+    settings, outputs = validate(deepcopy(tiny_run)), tmp_path_factory.mktemp("finished")
+    record = RunRecord(settings, outputs, command=["rotvit", "run"])
+    for stage in plan(settings):
+        if stage.name not in ("feature_analysis", "report"):
+            request = store.make_request(stage, settings, outputs, record.stages)
+            module = import_module(f"training.{stage.module or stage.name}")
+            record.add(run_stage(request, module.compute))
+    record.write(state="finished")
+    return record.directory
+
+
+@pytest.fixture(scope="session")
+def landscape_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `model/` directory that knows which way up landscapes are."""
+    directory = tmp_path_factory.mktemp("landscapes") / "model"
+    train_on_landscapes(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REQUIREMENTS = [
-    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    Requirement(text)
+    for text in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
 ]
 LINES = [
     line
@@ -18,6 +19,11 @@ LINES = [
     if line and not line.startswith("#")
 ]
 PINNED = {Requirement(line).name.lower().replace("_", "-"): Requirement(line) for line in LINES}
+
+
+def test_the_checks_have_what_every_extra_asks_for() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert {text for texts in extras.values() for text in texts} == set(extras["dev"])
 
 
 def test_every_line_is_an_exact_version() -> None:

@@ -19,6 +19,10 @@ class OutOfMemoryError(MemoryError):
     """A training step does not fit into the memory of the device."""
 
 
+class PublishError(RuntimeError):
+    """The Hub did not take what was to be published."""
+
+
 USER_ERRORS = (
     ConfigError,
     DatasetError,
@@ -28,6 +32,7 @@ USER_ERRORS = (
     CheckpointError,
     DivergedError,
     OutOfMemoryError,
+    PublishError,
 )
 """Errors that a retry cannot mend and whose message says what to do."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from data.loaders import Batch, Batches, eval_batches
 from data.randomness import uniform
-from data.rotation import NUM_ROTATIONS, make_rotation_batch, rotate_each
+from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
 from data.splits import Subset
 from models.export import save_model
 from models.vit import to_device
@@ -19,9 +19,6 @@ from training.evaluation import Score, evaluate
 from training.images import open_pretraining
 from training.network import build_model
 from training.runner import StageContext, StageOutcome
-
-ROTATION_NAMES = ("0", "90", "180", "270")
-"""Labels of the rotation head, in degrees counter-clockwise."""
 
 
 def compute(context: StageContext) -> StageOutcome:

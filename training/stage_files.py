@@ -13,6 +13,9 @@ from typing import Any
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
+MODEL = "model"
+"""Folder of the model that a stage made, in transformers' format."""
+
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 

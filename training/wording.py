@@ -72,6 +72,20 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
     return f"top-1 {row['top1']:.2f}" if "top1" in row else ""
 
 
+def turn_in_words(turned: int) -> str:
+    """Say how a photo lies and what sets it upright.
+
+    Args:
+        turned: Degrees counter-clockwise by which it is turned: 0, 90, 180 or 270.
+    """
+    if turned == 0:
+        return "upright"
+    if turned == 180:
+        return "upside down; turn it by 180° to be upright"
+    lies, back = ("counter-clockwise", "clockwise")[:: 1 if turned == 90 else -1]
+    return f"turned 90° {lies}; turn it 90° {back} to be upright"
+
+
 def _bytes(number: int) -> str:
     unit, size = ("MB", 10**6) if number >= 10**7 else ("kB", 10**3)
     return f"{number / size:,.0f} {unit}"

@@ -89,7 +89,8 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == without
     commands = re.findall(r"^  ([a-z][a-z0-9-]+)  ", without, flags=re.MULTILINE)
-    assert commands == ["run", *STAGE_COMMANDS, "status", "presets", "config"]
+    own = ["predict", "upright", "export", "publish"]
+    assert commands == ["run", *STAGE_COMMANDS, "status", "presets", "config", *own]
 
 
 @pytest.mark.parametrize("command", ["run", *STAGE_COMMANDS, "status", "config"])
