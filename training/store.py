@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+TRACKING = "wandb"
+"""Folder of what is on its way to W&B, below a stage's directory; no part of its result."""
+
 
 TRANSFER_DATA = ("download_transfer", "prepare_transfer_data")
 """Stages for labelled images that come from elsewhere."""
@@ -413,13 +416,18 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
     kept = {"hardware.json"}
     if verdict.stale == "damaged":
-        kept |= {"metrics.jsonl", CHECKPOINTS}
+        kept |= {"metrics.jsonl", CHECKPOINTS, TRACKING}
     # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and
     # last the config, which says what the checkpoints were built on.
     (directory / "result.json").unlink(missing_ok=True)
     for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            # The process of an earlier attempt may still be writing into TRACKING.
+            shutil.rmtree(path, ignore_errors=path.name == TRACKING)
+        else:
+            path.unlink()
 
 
 def _identity(item: StageInput) -> str:
