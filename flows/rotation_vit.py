@@ -27,11 +27,12 @@ from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
 from tasks.report import report
+from tasks.wandb_secret import wandb_key_of_secret
 from training import attempts, preflight, store
 from training.run_record import RunRecord
 from training.settings import Settings
 from training.stages import plan, refreshed
-from training.tracking import wandb_mode
+from training.wandb_key import HOW_TO_TURN_ON, is_off_for_want_of_a_key
 
 logger = logging.getLogger("training.flow")
 
@@ -108,25 +109,26 @@ def run_stages(
     stages = plan(settings, until)
     again = refreshed(refresh, stages)
     preflight.check(settings, outputs, until)
-    if settings.tracking.wandb == "auto" and wandb_mode(settings.tracking) == "disabled":
-        logger.info("W&B is off: no key found. Set WANDB_API_KEY, or tracking.wandb=offline.")
-    record = RunRecord(settings, outputs, until=until, command=_command())
-    try:
-        for stage in stages:
-            request = store.make_request(stage, settings, outputs, record.stages, record.name)
-            record.begin(request)
-            if stage.name in again:
-                attempts.refresh(request, str(flow_run.id))
-            record.add(deliver(TASKS[stage.name], request))
-            if stage.name.startswith("download"):  # now it is known what the images are
-                preflight.check(settings, outputs, until)
-            publish(record.results(), stage.name, record.directory)
-    except BaseException:
-        with suppress(OSError):  # a full disk must not hide what has ended the run
-            record.write(state="failed")
-        raise
-    record.write(state="finished")
-    return record.results()
+    if is_off_for_want_of_a_key(settings.tracking):
+        logger.info(HOW_TO_TURN_ON)
+    with wandb_key_of_secret(settings.tracking):
+        record = RunRecord(settings, outputs, until=until, command=_command())
+        try:
+            for stage in stages:
+                request = store.make_request(stage, settings, outputs, record.stages, record.name)
+                record.begin(request)
+                if stage.name in again:
+                    attempts.refresh(request, str(flow_run.id))
+                record.add(deliver(TASKS[stage.name], request))
+                if stage.name.startswith("download"):  # now it is known what the images are
+                    preflight.check(settings, outputs, until)
+                publish(record.results(), stage.name, record.directory)
+        except BaseException:
+            with suppress(OSError):  # a full disk must not hide what has ended the run
+                record.write(state="failed")
+            raise
+        record.write(state="finished")
+        return record.results()
 
 
 def _command() -> list[str] | None:

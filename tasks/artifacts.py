@@ -10,7 +10,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from training.tracking import read_metrics
+from training.metrics_file import read_metrics
 from training.wording import duration, scores_in_words, stage_title
 
 logger = logging.getLogger("training.artifacts")

@@ -14,8 +14,10 @@ os.environ["PREFECT_SERVER_ANALYTICS_ENABLED"] = "false"
 os.environ["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
 # Once Prefect is imported, our log lines outside a flow are warned about otherwise.
 os.environ["PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW"] = "ignore"
-for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "WANDB_API_KEY", "HF_TOKEN", "HF_HUB_OFFLINE"):
+for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "HF_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # a token may lie in the user's own
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
 os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
@@ -110,7 +112,7 @@ class StopAfter(StopRequest):
         return self.left < 0
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stop_after() -> type[StopAfter]:
     """A request to stop that comes when it has been asked for so many times."""
     return StopAfter

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from training.lock import locked
-from training.stage_files import CHECKPOINTS, newest_step
+from training.stage_files import CHECKPOINTS, TRACKING, newest_step
 from training.stages import STAGES
 from training.store import (
     StageRequest,
@@ -104,10 +104,15 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
     kept = {"hardware.json"}
     if verdict.stale == "damaged":
-        kept |= {"metrics.jsonl", CHECKPOINTS}
+        kept |= {"metrics.jsonl", CHECKPOINTS, TRACKING}
     # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and
     # last the config, which says what the checkpoints were built on.
     (directory / "result.json").unlink(missing_ok=True)
     for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            # The process of an earlier attempt may still be writing into TRACKING.
+            shutil.rmtree(path, ignore_errors=path.name == TRACKING)
+        else:
+            path.unlink()

@@ -26,12 +26,12 @@ from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
+from training.metrics_file import MetricsFile
 from training.runner import StageContext
 from training.settings import RecipeSettings
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped
-from training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,9 @@ class _Run:
             skipped=self.state.skipped_steps,
         )
         with (
-            Tracker(self.context, position=saved.state["tracker"] if saved else None) as tracker,
+            MetricsFile(
+                self.context.directory, position=saved.state["tracker"] if saved else None
+            ) as metrics,
             CheckpointWriter(
                 self.root,
                 identity=self.identity,
@@ -155,7 +157,7 @@ class _Run:
             ) as writer,
             self._memory_explained(),
         ):
-            self.tracker, self.writer = tracker, writer
+            self.metrics, self.writer = metrics, writer
             while not self._is_finished():
                 if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
                     self._end_epoch()
@@ -244,7 +246,7 @@ class _Run:
         metrics = {"train/loss": loss, "train/lr": lr}
         if self.state.skipped_steps:
             metrics["train/skipped_steps"] = self.state.skipped_steps
-        self.tracker.log(metrics, step=step, epoch=epoch)
+        self.metrics.log(metrics, step=step, epoch=epoch)
         self._report(f"epoch {math.ceil(epoch)}, loss {loss:.3f}")
 
     def _report(self, detail: str) -> None:
@@ -286,7 +288,7 @@ class _Run:
             state.best_weights = {
                 name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()
             }
-        self.tracker.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
+        self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
             "%s: epoch %d of %d, %s",
             self.context.request.stage,
@@ -322,7 +324,7 @@ class _Run:
                 f"{self.task.section}.base_lr, or raise {self.task.section}.warmup_epochs."
             )
         try:
-            position = self.tracker.position()
+            position = self.metrics.position()
         except OSError as error:
             self.writer.report_failure(self.state.step, error)
             return

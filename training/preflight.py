@@ -10,7 +10,7 @@ from training.settings import Settings
 from training.stage_files import OutputsError
 from training.stages import STAGES, plan, transfer_data
 from training.store import data_source
-from training.tracking import wandb_mode
+from training.wandb_key import wandb_mode
 
 TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "feature_analysis")
 """Stages that need labels."""

@@ -15,11 +15,11 @@ from markupsafe import Markup
 from data.records import DatasetError
 from training import figures
 from training.images import copies_in_pretraining
+from training.metrics_file import read_metrics
 from training.probes import wilson_interval
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings, flatten
 from training.store import StageResult, write_atomically
-from training.tracking import read_metrics
 
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""

@@ -28,6 +28,7 @@ from training.lock import locked
 from training.settings import Settings
 from training.stopping import EXIT_RESUME, Stopped, StopRequest
 from training.store import StageRequest, StageResult
+from training.wandb_process import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def run_stage(
     Raises:
         Stopped: If `stop` was requested; the state is saved.
         OutputsError: If the disk is full.
+        ConfigError: If W&B is to be online without a key.
         Exception: What `compute` raises.
     """
     # Not `or`: a request that nobody has made yet is false.
@@ -116,8 +118,10 @@ def run_stage(
         if found:
             return found
         started = time.monotonic()
-        outcome = compute(StageContext(request, stop))
-        result = _finish(request, outcome, seconds=time.monotonic() - started)
+        with Tracking(request) as tracking:
+            outcome = compute(StageContext(request, stop))
+            result = _finish(request, outcome, seconds=time.monotonic() - started)
+            tracking.done()
         if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
             shutil.rmtree(request.directory / stage_files.CHECKPOINTS, ignore_errors=True)
         return result

@@ -256,9 +256,12 @@ class TrackingSettings(Section):
     """Where metrics go besides `metrics.jsonl`. Cannot change results."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto is online where a key is found and disabled elsewhere."""
+    """Weights & Biases; auto is online where a key is found and disabled elsewhere, offline keeps
+    what is to be sent for `wandb sync`."""
     wandb_entity: str | None = None
     """User or team that owns the W&B projects; none takes `WANDB_ENTITY` or the account's own."""
+    wandb_secret: str | None = None
+    """Prefect Secret block that holds the key for W&B; none takes `WANDB_API_KEY` or `.netrc`."""
     log_every_steps: PositiveInt = 20
     """Steps between two logged losses; each one waits for the device."""
 

@@ -19,6 +19,9 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+TRACKING = "wandb"
+"""Folder of what is on its way to W&B, below a stage's directory; no part of its result."""
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a file cannot grow: no space, a quota, a limit of the process."""
 

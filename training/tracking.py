@@ -1,185 +1,268 @@
-"""Where metrics go: `metrics.jsonl` always, Weights & Biases where it is wanted.
+"""Weights & Biases: one run per stage, told by a process of its own beside the stage.
 
-The only module that imports wandb, and only where it is used. Nothing that W&B does can fail or
-hold up training for more than its time-outs.
+`python -m training.tracking DIRECTORY MODE PID`. It reads what the stage writes anyway
+(`config.yaml`, `metrics.jsonl`, `result.json`), so what W&B missed while it was away is sent later.
+The only module that imports wandb.
 """
 
 import json
 import logging
-import math
-import netrc
 import os
+import secrets
+import signal
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from training.settings import ConfigError, TrackingSettings
+from training import attempts, store
+from training.lock import locked
+from training.metrics_file import MetricsTail
+from training.stage_files import TRACKING
+from training.store import StageRequest, StageResult
+from training.wandb_key import find_key
+from training.wandb_process import DONE
 
-if TYPE_CHECKING:  # settings are checked against this module before torch is needed
-    from training.runner import StageContext
-
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import wandb
 
 PROJECTS = {"feature_analysis": "vit-feature-analysis"}
 """W&B project by stage; the others go to `PROJECT`."""
 
 PROJECT = "vit-self-supervised-rotation"
 
-METRICS = "metrics.jsonl"
-"""File of a stage's metrics, one JSON object a line."""
+BACKGROUND_SECONDS = 300.0
+"""Longest time that the process outlives its stage. What W&B has not taken then stays on disk."""
 
-_TIMEOUT_SECONDS = 10
+INIT_SECONDS = 30.0
+"""Longest time that opening a run takes; the stage does not wait for it."""
+
+REQUEST_SECONDS = 20.0
+"""Longest time that a request may take before it is made again."""
+
+RETRY_SECONDS = 60.0
+"""Time between two tries to open a run."""
+
+READ_EVERY_SECONDS = 1.0
+"""Time between two looks at the metrics."""
 
 
-class Tracker:
-    """Writes one line per logged step; a resumed run loses none and doubles none.
+class _Ending:
+    """How the stage ended, as the process hears it. From then on its own time is limited."""
 
-    Use as a context manager. `position` is saved in every checkpoint and handed back on resume.
+    def __init__(self, directory: str) -> None:
+        self.is_done = False
+        self._directory = directory
+        self._heard = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for it that long; return whether it has come."""
+        return self._heard.wait(seconds)
+
+    def _listen(self) -> None:
+        self.is_done = sys.stdin.buffer.readline() == DONE
+        self._heard.set()
+        time.sleep(BACKGROUND_SECONDS)
+        _say_what_lacks(self._directory, f"it has not taken all in {BACKGROUND_SECONDS:g} s")
+        os._exit(1)  # whatever wandb waits for
+
+
+class _Note:
+    """Which W&B run is the stage's, and the last step that it was told, for a resumed stage.
+
+    The id has a random part: others may compute the same key, and W&B takes no id again whose run
+    was deleted.
     """
 
-    def __init__(self, context: "StageContext", *, position: int | None) -> None:
-        self._path = context.directory / METRICS
-        self._path.touch()
-        size = self._path.stat().st_size
-        if position is not None and size < position:
-            logger.warning(
-                "%s has %d bytes, the checkpoint counted %d: lines of earlier steps are lost.",
-                self._path,
-                size,
-                position,
-            )
-        # Lines after the checkpoint belong to steps that are taken again.
-        self._length = min(position or 0, size)
-        os.truncate(self._path, self._length)
-        self._file = self._path.open("ab", buffering=0)
-        self._pending = b""
-        """Lines for which there is no space on the disk yet."""
-        self._waits = False
-        self._wandb = open_wandb(context)
-
-    def log(self, metrics: Mapping[str, float], *, step: int, epoch: float) -> None:
-        """Record metrics of a step (counted from 1), at that many epochs."""
-        # JSON has no nan.
-        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        row = {"step": step, "epoch": round(epoch, 6), **finite}
-        self._pending += json.dumps(row).encode() + b"\n"
-        with suppress(OSError):  # training goes on, and tries again with the next line
-            self._write()
-        if self._wandb is not None:
-            try:
-                self._wandb.log({"epoch": epoch, **metrics}, step=step)
-            except Exception as error:  # whatever the service does, training goes on
-                logger.warning("W&B does not take metrics any more: %s", error)
-                self._wandb = None
-
-    def position(self) -> int:
-        """Return the length of the file in bytes, with all of it on disk.
-
-        Raises:
-            OSError: If lines cannot be written; they are kept, and tried again.
-        """
-        self._write()
-        os.fsync(self._file.fileno())
-        return self._length
-
-    def _write(self) -> None:
+    def __init__(self, request: StageRequest) -> None:
+        self._path = request.directory / TRACKING / "run.json"
         try:
-            while self._pending:
-                written = self._file.write(self._pending)
-                self._length += written
-                self._pending = self._pending[written:]
-        except OSError as error:
-            if not self._waits:
-                logger.warning("Metrics cannot be written, they wait for better times: %s", error)
-            self._waits = True
-            raise
-        self._waits = False
+            found = json.loads(self._path.read_bytes())
+            self.run_id, self.told = str(found["id"]), int(found["step"])
+        except (OSError, ValueError, KeyError):
+            self.run_id = f"{request.stage}-{request.key}-{secrets.token_hex(3)}"
+            self.write(told=-1)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with suppress(OSError):
-            self._write()
-        self._file.close()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish(exit_code=0 if kind is None else 1)
-            except Exception as problem:  # as above
-                logger.warning("W&B run could not be finished: %s", problem)
+    def write(self, told: int) -> None:
+        self.told = told
+        content = json.dumps({"id": self.run_id, "step": told}).encode()
+        store.write_atomically(self._path, content)
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the rows of a stage's `metrics.jsonl`; none where it has not got one."""
-    path = directory / METRICS
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # a line that a power cut left unfinished
-    return rows
+class _History:
+    """Rows of the metrics file on their way to W&B: each step once, and whole.
 
-
-def open_wandb(context: "StageContext") -> Any:
-    """Start or continue the W&B run of a stage; None where W&B is not wanted or not to be had."""
-    tracking = context.settings.tracking
-    mode = wandb_mode(tracking)
-    if mode == "disabled":
-        return None
-    request = context.request
-    try:
-        import wandb
-
-        return wandb.init(
-            project=PROJECTS.get(request.stage, PROJECT),
-            entity=tracking.wandb_entity or os.environ.get("WANDB_ENTITY"),
-            group=request.run or None,
-            name=request.stage,
-            id=f"{request.stage}-{request.key}",  # a resumed stage continues its run
-            resume="allow",
-            mode="offline" if mode == "offline" else "online",
-            dir=str(context.directory),
-            config=request.reads,
-            settings=wandb.Settings(init_timeout=_TIMEOUT_SECONDS, silent=True),
-        )
-    except Exception as error:  # an unreachable service must not cost a run
-        logger.warning("W&B cannot be used, metrics go to metrics.jsonl only: %s", error)
-        return None
-
-
-def wandb_mode(tracking: TrackingSettings) -> str:
-    """Return `online`, `offline` or `disabled`.
-
-    Raises:
-        ConfigError: If `tracking.wandb` is `online` and no key is found.
+    Steps that a resume takes again are left out. The newest step waits for the next one, as an
+    evaluation may belong to it too; where the stage ends early, it is left to the resume.
     """
-    if tracking.wandb in {"offline", "disabled"}:
-        return tracking.wandb
-    if _has_key():
-        return "online"
-    if tracking.wandb == "online":
-        raise ConfigError(
-            "tracking.wandb=online needs a key, and none was found. Set WANDB_API_KEY or run "
-            "`wandb login`, or set tracking.wandb=offline."
-        )
-    return "disabled"
+
+    def __init__(self, run: "wandb.Run", told: int) -> None:
+        self.told = told
+        self._run, self._step, self._row = run, told, dict[str, Any]()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        step = row["step"]
+        if step > self._step:
+            self.flush()
+            self._step = step
+        if step == self._step > self.told:
+            self._row |= {name: value for name, value in row.items() if value is not None}
+
+    def flush(self) -> None:
+        if self._row:
+            self._run.log(self._row, step=self._step, commit=True)
+            self.told, self._row = self._step, {}
 
 
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+def main(directory: str, mode: str, training: str) -> int:
+    """Tell W&B about the stage of a directory until it ends.
+
+    Args:
+        directory: The stage's.
+        mode: `online` or `offline`.
+        training: Process whose use of the machine is shown.
+
+    Returns:
+        The exit status: 0 where W&B, or a file for it, has everything.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the stage hears them too, and ends
+        signal.signal(number, signal.SIG_IGN)
+    ending = _Ending(directory)
     try:
-        return netrc.netrc(path).authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        request = store.read_config(Path(directory))
+        # The process of an earlier attempt may still be sending.
+        with locked(attempts.lock_path(request).with_suffix(".wandb"), what=request.stage):
+            _tell(request, mode, int(training), ending)
+    except Exception as error:
+        _say_what_lacks(directory, error)
+        return 1
+    return 0
+
+
+def _tell(request: StageRequest, mode: str, training: int, ending: _Ending) -> None:
+    note = _Note(request)
+    run = _open(request, mode, training, ending, note)
+    if run.url:
+        _say(logging.INFO, f"{request.stage} in W&B: {run.url}")
+    # Online, W&B knows best: what was on its way when an earlier attempt died may be lost.
+    history = _History(run, note.told if run.offline else run.starting_step - 1)
+    tail = MetricsTail(request.directory)
+    is_over = False
+    while not is_over:
+        is_over = ending.wait(READ_EVERY_SECONDS)  # before reading, so that nothing is missed
+        for row in tail.new_rows():
+            history.add(row)
+        if history.told > note.told:
+            note.write(history.told)
+    if ending.is_done:
+        _conclude(run, request, history)
+        note.write(history.told)
+    run.finish(exit_code=0 if ending.is_done else 1)
+
+
+def _open(
+    request: StageRequest, mode: str, training: int, ending: _Ending, note: _Note
+) -> "wandb.Run":
+    """Open the run, as soon as it can be; raise what was in the way when the stage has ended."""
+    is_warned = False
+    while True:
+        try:
+            return _init(request, mode, training, note)
+        except Exception as error:
+            if mode == "offline" or ending.wait(0):
+                raise
+            if not is_warned:
+                _say(
+                    logging.WARNING,
+                    f"W&B cannot be used; {request.stage} goes on without, and W&B is tried again "
+                    f"every {RETRY_SECONDS:g} s: {error}",
+                )
+            is_warned = True
+            ending.wait(RETRY_SECONDS)
+            _start_afresh()
+
+
+def _start_afresh() -> None:
+    """End wandb's service, which takes a run that it could not open for one in use."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _init(request: StageRequest, mode: str, training: int, note: _Note) -> "wandb.Run":
+    import wandb
+
+    settings = request.settings
+    return wandb.init(
+        project=PROJECTS.get(request.stage, PROJECT),
+        entity=settings.tracking.wandb_entity or os.environ.get("WANDB_ENTITY"),
+        group=request.run or None,
+        job_type=request.stage,
+        name=request.stage,
+        id=note.run_id,
+        resume="allow" if mode == "online" else None,
+        mode="offline" if mode == "offline" else "online",
+        dir=request.directory,
+        config={
+            "stage": request.stage,
+            "key": request.key,
+            "run": request.run,
+            "preset": settings.preset,
+            "data.source": settings.data.source,
+            "transfer.source": settings.transfer_source[0],
+            **request.reads,
+        },
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            init_timeout=INIT_SECONDS,
+            finish_timeout=BACKGROUND_SECONDS - 10,
+            finish_timeout_raises=True,
+            x_graphql_timeout_seconds=REQUEST_SECONDS,
+            x_file_stream_timeout_seconds=REQUEST_SECONDS,
+            x_file_stream_retry_max=10_000,  # of a minute each: a service that is away for days
+            x_stats_pid=training,
+        ),
+    )
+
+
+def _conclude(run: "wandb.Run", request: StageRequest, history: _History) -> None:
+    """Send the scores, and what the stage made as an artifact."""
+    import wandb
+
+    content = (request.directory / "result.json").read_bytes()
+    result = StageResult.model_validate_json(content)
+    for layer in result.scores.get("layers", ()):  # of the feature analysis, which has no steps
+        history.add({"step": layer["layer"], **layer})
+    history.flush()
+    plain = {k: v for k, v in result.scores.items() if isinstance(v, int | float | str)}
+    run.summary.update({**plain, **result.timing, "wall_seconds": result.wall_seconds})
+    if result.files:
+        kind = "report" if request.stage == "report" else "model"
+        artifact = wandb.Artifact(request.stage, type=kind, metadata=plain)
+        for name in result.files:
+            path = str(request.directory / name)
+            # The stage's files stay as they are: no copies are needed.
+            artifact.add_file(path, name, skip_cache=True, policy="immutable")
+        run.log_artifact(artifact, aliases=["latest", request.key])
+
+
+def _say_what_lacks(directory: str, why: object) -> None:
+    _say(logging.WARNING, f"W&B does not know all about {directory} yet: {why}")
+
+
+def _say(level: int, text: str) -> None:
+    """Tell the stage; it logs the line, if it is still there."""
+    if key := find_key():
+        text = text.replace(key, "…")
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{level} {' '.join(text.split())}\n".encode())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

@@ -68,9 +68,9 @@ def test_outdated_work_that_is_cleared_only_in_part_is_never_built_on(
 
     original_remove_tree, original_unlink = shutil.rmtree, Path.unlink
 
-    def remove_tree(path: Path) -> None:
+    def remove_tree(path: Path, ignore_errors: bool = False) -> None:
         killed()
-        original_remove_tree(path)
+        original_remove_tree(path, ignore_errors)
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         killed()
