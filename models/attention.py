@@ -48,7 +48,7 @@ def class_attention(model: ViTForImageClassification, pixels: Tensor) -> ClassAt
     side = math.isqrt(blocks[-1].shape[-1] - 1)
 
     def as_map(tokens: Tensor) -> Tensor:
-        return tokens[:, 0, 1:].unflatten(1, (side, side))
+        return tokens[:, 0, 1:].reshape(-1, side, side)
 
     return ClassAttention(last=as_map(blocks[-1]), rollout=as_map(rollout(blocks)))
 

@@ -31,7 +31,7 @@ def test_the_maps_are_those_of_the_fused_attention(
             getattr(layer.attention, name).register_forward_hook(
                 lambda module, given, out, heard=heard: heard.append(out)
             )
-    model.eval()
+    model.train(False)
     with torch.no_grad():
         model(images)
     assert len(spoken["q_proj"]) == 3
@@ -64,7 +64,7 @@ def test_rollout_of_a_block_that_looks_at_itself_is_the_token_itself() -> None:
 def test_looking_changes_nothing(model: ViTForImageClassification, rng: torch.Generator) -> None:
     images = torch.rand(2, 3, 15, 15, generator=rng) * 2 - 1
     model.train()
-    model.vit.eval()
+    model.vit.train(False)
     first = class_attention(model, images)
     assert (model.training, model.vit.training) == (True, False)
     assert model.config._attn_implementation == "sdpa"
