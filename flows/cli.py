@@ -160,8 +160,44 @@ def _title(stage: str) -> str:
 
 
 for _stage in STAGES.values():
-    if not _stage.directory:  # the others, for labelled images, are part of what needs them
+    # Those with a directory, for labelled images, are part of what needs them.
+    if not _stage.directory and _stage.name != "report":
         _add_stage_command(_stage)
+
+
+@app.command(help=STAGES["report"].summary, short_help=STAGES["report"].summary)
+def report(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    seed: SeedOption = None,
+    so_far: Annotated[
+        bool,
+        typer.Option(
+            "--so-far", help="Report what there is, also while the run is going; train nothing."
+        ),
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Run the stages that are missing, then write the report and open it."""
+    settings = _settings(preset, config, overrides, seed)
+    outputs = outputs.expanduser().resolve()
+    if so_far:
+        from training.report import write_so_far
+
+        page = write_so_far(settings, outputs)
+        typer.echo(f"report   {page}")
+    else:
+        from training.run_record import run_directory
+
+        _run(settings, outputs, until="report", refresh=())
+        page = run_directory(settings, outputs) / "report" / "index.html"
+    if show:
+        import webbrowser
+
+        if not webbrowser.open(page.as_uri()):
+            typer.echo(f"No browser was found. Open {page.as_uri()} in one.", err=True)
 
 
 @app.command()

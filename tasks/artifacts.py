@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from training.metrics_file import read_metrics
+from training.resumes import read_resumes
 from training.wording import duration, scores_in_words, stage_title
 
 logger = logging.getLogger("training.artifacts")
@@ -69,7 +70,9 @@ def _figures(stage: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     from training import figures  # matplotlib takes a second to import
 
     if stage == "pretrain":
-        drawings = figures.pretraining_charts(read_metrics(Path(row["directory"])))
+        directory = Path(row["directory"])
+        resumed = [resume["epoch"] for resume in read_resumes(directory)]
+        drawings = figures.pretraining_charts(read_metrics(directory), resumed=resumed)
     else:
         drawings = [figures.layer_chart(row["layers"], chance=None)]
     for drawing in drawings:

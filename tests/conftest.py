@@ -137,7 +137,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
 RunStages = Callable[..., dict[str, StageResult]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_stages() -> RunStages:
     """Run stages in this process, without Prefect: `(settings, outputs, until)` → results."""
 

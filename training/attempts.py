@@ -104,7 +104,7 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
     kept = {"hardware.json"}
     if verdict.stale == "damaged":
-        kept |= {"metrics.jsonl", CHECKPOINTS, TRACKING}
+        kept |= {"metrics.jsonl", "resumes.json", CHECKPOINTS, TRACKING}
     # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and
     # last the config, which says what the checkpoints were built on.
     (directory / "result.json").unlink(missing_ok=True)

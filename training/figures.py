@@ -159,11 +159,14 @@ def score_chart(bars: Sequence[Bar], *, chance: float | None) -> Drawing:
         )
 
 
-def pretraining_charts(rows: Sequence[Mapping[str, float]]) -> list[Drawing]:
+def pretraining_charts(
+    rows: Sequence[Mapping[str, float]], *, resumed: Sequence[float] = ()
+) -> list[Drawing]:
     """Draw loss, rotation accuracy and learning rate over epochs, those that were recorded.
 
     Args:
         rows: The lines of `metrics.jsonl`.
+        resumed: Epochs at which training went on after an interruption.
     """
     loss = [
         _Line(label=label, x=x, y=y, colour=colour, marker=marker)
@@ -189,6 +192,7 @@ def pretraining_charts(rows: Sequence[Mapping[str, float]]) -> list[Drawing]:
                 alt=f"Pretraining loss over epochs: {'; '.join(line.course for line in loss)}. "
                 f"Guessing costs {math.log(4):.3f}.",
                 caption="Loss of the pretext task.",
+                marks=resumed,
             )
         )
     if accuracy:
@@ -200,6 +204,7 @@ def pretraining_charts(rows: Sequence[Mapping[str, float]]) -> list[Drawing]:
                 reference=(ROTATION_CHANCE, "guessing"),
                 alt=f"Rotation accuracy over epochs: {accuracy[0].course}. Guessing: 0.250.",
                 caption="Share of turns told right, on val.",
+                marks=resumed,
             )
         )
     if rate:
@@ -212,6 +217,7 @@ def pretraining_charts(rows: Sequence[Mapping[str, float]]) -> list[Drawing]:
                 alt=f"Learning rate over epochs: {max(values):.2g} at its peak, {values[-1]:.2g} "
                 "at the end.",
                 caption="Warm-up, then cosine.",
+                marks=resumed,
             )
         )
     return charts
@@ -289,6 +295,7 @@ def _line_chart(
     x_label: str = "epoch",
     x_names: Sequence[str] = (),
     reference: tuple[float, str] | None = None,
+    marks: Sequence[float] = (),
     wide: bool = False,
 ) -> Drawing:
     with matplotlib.rc_context(_STYLE_SHEET):
@@ -297,6 +304,10 @@ def _line_chart(
         axes.grid(axis="y")
         for line in lines:
             _add_line(axes, line)
+        if marks:
+            _add_marks(axes, marks)
+            alt += f" Resumed after an interruption at epoch {_listed(marks)}."
+            caption += " Triangles: resumed after an interruption."
         if reference is not None:
             height, text = reference
             axes.axhline(height, color=_FAINT, linewidth=0.9, linestyle=_DOTTED)
@@ -335,6 +346,25 @@ def _add_line(axes: Axes, line: _Line) -> None:
         markersize=4.5,
         markerfacecolor=_PAPER if line.control else line.colour,
     )
+
+
+def _add_marks(axes: Axes, places: Sequence[float]) -> None:
+    axes.plot(
+        places,
+        [0] * len(places),
+        "^",
+        transform=axes.get_xaxis_transform(),
+        color=_INK,
+        markersize=6,
+        clip_on=False,
+        zorder=5,
+    )
+    for place in places:
+        axes.axvline(place, color=_INK, linewidth=0.6, linestyle=_DOTTED)
+
+
+def _listed(epochs: Sequence[float]) -> str:
+    return ", ".join(f"{epoch:.2f}".rstrip("0").rstrip(".") for epoch in epochs)
 
 
 def _columns(

@@ -27,6 +27,7 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
 from training.metrics_file import MetricsFile
+from training.resumes import note_start
 from training.runner import StageContext
 from training.settings import RecipeSettings
 from training.stage_files import CHECKPOINTS
@@ -140,6 +141,8 @@ class _Run:
         saved = checkpoint.load_newest(self.root, identity=self.identity, made_with=self.made_with)
         if saved:
             self._restore(saved)
+        step = self.state.step
+        note_start(self.context.directory, step=step, epoch=step / self.task.steps_per_epoch)
         self.guard = StepGuard(
             self.trained[0].device,
             limit=self.context.settings.checkpoint.max_skipped_steps,

@@ -1,11 +1,10 @@
 """The report: tables and figures of all stages as one HTML page that loads nothing.
 
 It shows what is in the stages' `result.json` and `metrics.jsonl` and computes no score of its own;
-a stage that did not run is left out.
+a stage that did not run is left out. Its pictures come from the models (`report_pictures`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +12,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from data.records import DatasetError
-from training import figures
+from training import figures, report_pictures, store
+from training.hardware import decide
 from training.images import copies_in_pretraining
-from training.metrics_file import read_metrics
-from training.probes import wilson_interval
+from training.metrics_file import METRICS, read_metrics
+from training.report_pictures import Pictures
+from training.report_scores import TITLES, class_chance, class_scores, rotation_score, summary
+from training.resumes import read_resumes
+from training.run_record import run_directory
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings, flatten
+from training.stages import plan
 from training.store import StageResult, write_atomically
 
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""
 
-TITLES = {
-    "download": "Download",
-    "download_transfer": "Download for transfer",
-    "prepare_data": "Prepare data",
-    "prepare_transfer_data": "Prepare transfer data",
-    "pretrain": "Pretrain",
-    "linear_probe": "Linear probe",
-    "finetune_1": "Fine-tune, last block",
-    "finetune_2": "Fine-tune, last two blocks",
-    "from_scratch": "From scratch",
-    "feature_analysis": "Feature analysis",
-}
-"""What people read for each stage, in the order of the report."""
-
 _TRAINED_ON_LABELS = ("finetune_1", "finetune_2", "from_scratch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One row of the headline table.
-
-    Attributes:
-        name: What was measured, in words.
-        note: How.
-        score: Share of right answers on test.
-        correct: Right answers, where they were counted.
-        total: Answers, where they were counted.
-        control: Whether it is there to be compared with.
-    """
-
-    name: str
-    note: str
-    score: float
-    correct: int | None
-    total: int | None
-    control: bool = False
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95% Wilson interval, where the answers were counted."""
-        if self.correct is None or not self.total:
-            return None
-        return wilson_interval(self.correct, self.total)
 
 
 def compute(context: StageContext) -> StageOutcome:
@@ -77,17 +39,76 @@ def compute(context: StageContext) -> StageOutcome:
         result = StageResult.model_validate_json((directory / "result.json").read_bytes())
         # Where it lies now; the outputs may have been moved since it was written.
         results[item.stage] = result.model_copy(update={"directory": directory})
-    page = render(results, context.settings)
+    pictures = report_pictures.draw(results, context.settings, context.hardware())
+    page = render(results, context.settings, pictures=pictures)
     write_atomically(context.directory / PAGE, page.encode())
     return StageOutcome(scores={}, made=[PAGE])
 
 
-def render(results: Mapping[str, StageResult], settings: Settings) -> str:
+def write_so_far(settings: Settings, outputs: Path) -> Path:
+    """Write a run's page from what there is, also while it is going or after it failed.
+
+    Nothing is waited for, and nothing but the page is written.
+
+    Args:
+        settings: Of the run.
+        outputs: Folder of everything that is written.
+
+    Returns:
+        The page.
+
+    Raises:
+        DatasetError: If a source of images cannot be read.
+    """
+    results: dict[str, StageResult] = {}
+    begun: dict[str, Path] = {}
+    for stage in plan(settings):
+        if any(name not in results for name in stage.needs(settings).values()):
+            continue
+        request = store.make_request(stage, settings, outputs, results)
+        verdict = store.inspect(request)
+        if verdict.result:
+            results[stage.name] = verdict.result
+        elif not verdict.stale and (request.directory / METRICS).is_file():
+            begun[stage.name] = request.directory
+    path = run_directory(settings, outputs) / "report" / PAGE
+    if "report" in results:
+        page = (results["report"].directory / PAGE).read_bytes()
+    else:
+        page = whole_page(results, settings, begun=begun, finished=False).encode()
+    write_atomically(path, page)
+    return path
+
+
+def whole_page(
+    results: Mapping[str, StageResult],
+    settings: Settings,
+    *,
+    begun: Mapping[str, Path] | None = None,
+    finished: bool = True,
+) -> str:
+    """Return the page with its pictures; see `render`."""
+    hardware = decide(settings.hardware, embed_dim=settings.model.embed_dim)
+    pictures = report_pictures.draw(results, settings, hardware)
+    return render(results, settings, pictures=pictures, begun=begun, finished=finished)
+
+
+def render(
+    results: Mapping[str, StageResult],
+    settings: Settings,
+    *,
+    pictures: Pictures = report_pictures.NOTHING,
+    begun: Mapping[str, Path] | None = None,
+    finished: bool = True,
+) -> str:
     """Return the page for the stages that are there.
 
     Args:
         results: By stage name, any of them; `metrics.jsonl` is read from their directories.
         settings: Of the run.
+        pictures: What `report_pictures.draw` made of them.
+        begun: Directories of stages that have metrics and no result yet, by stage name.
+        finished: Whether the run is over, with all that it was to compute.
 
     Returns:
         A whole HTML document that refers to nothing outside it. The same arguments give the same
@@ -101,7 +122,10 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": _duration, "svg": Markup}
-    scores, chance = list(_class_scores(results)), _class_chance(results)
+    places = {name: result.directory for name, result in results.items()} | dict(begun or {})
+    metrics = {name: read_metrics(directory) for name, directory in places.items()}
+    resumes = read_resumes(places["pretrain"]) if "pretrain" in places else []
+    scores, chance = list(class_scores(results)), class_chance(results)
     pretrain = results.get("pretrain")
     layers = results["feature_analysis"].scores["layers"] if "feature_analysis" in results else []
     bars = [
@@ -111,23 +135,22 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
     ]
     return environment.get_template("report.html.j2").render(
         settings=settings,
-        summary=list(_summary(results)),
-        rotation=_rotation_score(pretrain) if pretrain else None,
+        summary=list(summary(results)),
+        unfinished=None if finished else list(_standing(results, begun or {}, metrics, settings)),
+        rotation=rotation_score(pretrain) if pretrain else None,
         rotation_chance=figures.ROTATION_CHANCE,
         scores=scores,
         chance=chance,
         score_chart=figures.score_chart(bars, chance=chance) if bars else None,
         pretraining_charts=figures.pretraining_charts(
-            read_metrics(pretrain.directory) if pretrain else []
+            metrics.get("pretrain", []), resumed=[resume["epoch"] for resume in resumes]
         ),
+        resumes=resumes,
         transfer_chart=figures.transfer_chart(
-            {
-                TITLES[name]: read_metrics(results[name].directory)
-                for name in _TRAINED_ON_LABELS
-                if name in results
-            },
+            {TITLES[name]: metrics[name] for name in _TRAINED_ON_LABELS if name in metrics},
             control=TITLES["from_scratch"],
         ),
+        pictures=pictures,
         layers=layers,
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
         prepared=list(_prepared(results, settings)),
@@ -137,79 +160,19 @@ def render(results: Mapping[str, StageResult], settings: Settings) -> str:
     )
 
 
-def _rotation_score(result: StageResult) -> Score:
-    return Score(
-        name="Rotation",
-        note="which of four ways a test image was turned",
-        score=result.scores["rotation_accuracy"],
-        correct=result.scores.get("correct"),
-        total=result.scores.get("total"),
-    )
-
-
-def _class_scores(results: Mapping[str, StageResult]) -> Iterator[Score]:
-    if "linear_probe" in results:
-        probe = results["linear_probe"].scores
-        yield Score(
-            name="Random backbone",
-            note="linear probe of the untrained network",
-            score=probe["random_backbone_top1"],
-            correct=probe.get("random_backbone_correct"),
-            total=probe.get("total"),
-            control=True,
-        )
-    if "from_scratch" in results:
-        note = "same network and labels, not pretrained"
-        yield _top1(results["from_scratch"], note, control=True)
-    for name, note in (
-        ("linear_probe", "linear head on the frozen backbone"),
-        ("finetune_1", "head and last block trained"),
-        ("finetune_2", "head and last two blocks trained"),
-    ):
-        if name in results:
-            yield _top1(results[name], note)
-
-
-def _top1(result: StageResult, note: str, *, control: bool = False) -> Score:
-    return Score(
-        name=TITLES[result.stage],
-        note=note,
-        score=result.scores["top1"],
-        correct=result.scores.get("correct"),
-        total=result.scores.get("total"),
-        control=control,
-    )
-
-
-def _class_chance(results: Mapping[str, StageResult]) -> float | None:
-    data = results.get("prepare_transfer_data") or results.get("prepare_data")
-    classes = len(data.scores.get("classes", ())) if data else 0
-    return 1 / classes if classes else None
-
-
-def _summary(results: Mapping[str, StageResult]) -> Iterator[str]:
-    """Say in sentences what the tables say in numbers."""
-    if "pretrain" in results:
-        score = results["pretrain"].scores["rotation_accuracy"]
-        yield (
-            "Trained without any label to tell which way up an image is, the network is right for "
-            f"{score:.0%} of the turned test images; guessing gives 25%."
-        )
-    if "linear_probe" in results:
-        probe = results["linear_probe"].scores
-        labels = f"With {probe['labels']:,} labels, a" if "labels" in probe else "A"
-        yield (
-            f"{labels} linear head on its frozen features names {probe['top1']:.0%} of the test "
-            f"images right; on those of the untrained network, {probe['random_backbone_top1']:.0%}."
-        )
-    tuned = [
-        results[name].scores["top1"] for name in ("finetune_1", "finetune_2") if name in results
-    ]
-    if tuned and "from_scratch" in results:
-        yield (
-            f"Fine-tuned it reaches {max(tuned):.0%}, where the same network trained from scratch "
-            f"on the same labels reaches {results['from_scratch'].scores['top1']:.0%}."
-        )
+def _standing(
+    results: Mapping[str, StageResult],
+    begun: Mapping[str, Path],
+    metrics: Mapping[str, list[dict[str, Any]]],
+    settings: Settings,
+) -> Iterator[tuple[str, str]]:
+    """Yield the stages that a run has still to finish, and where they stand."""
+    shown = {stage.name for stage in plan(settings)} - {"report", *results}
+    for name, title in TITLES.items():
+        if name not in shown:
+            continue
+        rows = metrics[name] if name in begun else []
+        yield title, f"at epoch {rows[-1]['epoch']:.2f}" if rows else "not finished"
 
 
 def _prepared(results: Mapping[str, StageResult], settings: Settings) -> Iterator[dict[str, Any]]:

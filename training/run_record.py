@@ -6,7 +6,6 @@
 import json
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training import stage_files, store
+from training.commit import describe_commit
 from training.settings import Settings, to_yaml
 from training.stage_files import digest_of
 from training.stages import STAGES, plan
@@ -50,7 +50,7 @@ class RunRecord:
         """
         self.settings = settings
         self.name = run_name(settings)
-        self.directory = outputs / "runs" / self.name
+        self.directory = run_directory(settings, outputs)
         self.stages: dict[str, StageResult] = {}
         self._outputs, self._until = outputs, until
         self._command = list(command or ["rotvit", *sys.argv[1:]])
@@ -85,7 +85,7 @@ class RunRecord:
             "directories": self._places,
             "started_at": self._started,
             "written_at": _now(),
-            "commit": _commit(),
+            "commit": describe_commit(),
             "python": platform.python_version(),
             "platform": platform.platform(),
             "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -105,9 +105,9 @@ class RunRecord:
         is_new = any(result.status != "cached" for result in self.stages.values())
         if "pretrain" not in self.stages or "report" in stages or (path.exists() and not is_new):
             return
-        from training.report import render  # its figures take a second to import
+        from training.report import whole_page  # its figures take a second to import
 
-        write_atomically(path, render(self.stages, self.settings).encode())
+        write_atomically(path, whole_page(self.stages, self.settings).encode())
 
     def _read_earlier(self) -> dict[str, Any]:
         """Return the rows of an earlier run with these settings: one that went further counts."""
@@ -162,7 +162,7 @@ def note_end(
         What was added: state, message, newest checkpoint and the command that resumes. None
         where there is no record.
     """
-    directory = outputs / "runs" / run_name(settings)
+    directory = run_directory(settings, outputs)
     try:
         facts = json.loads((directory / "run.json").read_bytes())
     except (OSError, ValueError):
@@ -224,6 +224,11 @@ def run_name(settings: Settings) -> str:
     return f"{settings.preset}-seed{settings.seed}-{digest_of(values)[:8]}"
 
 
+def run_directory(settings: Settings, outputs: Path) -> Path:
+    """Return where a run with these settings is recorded."""
+    return outputs / "runs" / run_name(settings)
+
+
 def _row(result: StageResult) -> dict[str, Any]:
     return {
         "key": result.key,
@@ -233,25 +238,6 @@ def _row(result: StageResult) -> dict[str, Any]:
         **result.timing,
         **result.scores,
     }
-
-
-def _commit() -> str | None:
-    """Return the commit of the code, where it runs from a checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
 
 
 def _now() -> str:

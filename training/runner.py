@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from data.patience import DownloadError
 from training import attempts, hardware, progress, stage_files, store
+from training.commit import describe_commit
 from training.errors import USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
@@ -200,9 +201,11 @@ def _finish(request: StageRequest, outcome: StageOutcome, *, seconds: float) -> 
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, hardware and time, for the record."""
+    """Return commit, versions, hardware and time, for the record."""
     packages = ("torch", "torchvision", "transformers", "datasets", "numpy")
+    commit = describe_commit()
     return {
+        **({"commit": commit} if commit else {}),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
         **hardware.describe(),

@@ -176,6 +176,7 @@ _ALL = (
         summary="Tables and figures of all stages as one page.",
         reads=("preset", "seed"),
         needs=_needs_report,
+        version=2,
     ),
 )
 

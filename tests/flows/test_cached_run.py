@@ -1,6 +1,7 @@
 """A run that has nothing to compute, from the command line."""
 
 import json
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,38 @@ def test_a_stage_that_is_to_be_refreshed_is_computed(
 ) -> None:
     cli.main([*arguments, "--refresh", "linear-probe"])
     assert len(started) == 1
+
+
+def test_the_report_is_opened_in_the_users_browser(
+    arguments: list[str], started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run's page, then the same from what there is, in a browser that takes notes."""
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setattr(webbrowser, "_tryorder", None)  # which it found before
+    monkeypatch.setenv("BROWSER", str(browser))
+    options = arguments[1:]
+    assert cli.main(["report", *options, "--open"]) == 0
+    assert cli.main(["report", *options, "--open", "--so-far"]) == 0
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    page = run / "report" / "index.html"
+    assert opened.read_text().splitlines() == [page.as_uri()] * 2
+    assert started == []
+
+
+def test_a_run_without_a_browser_names_the_page(
+    arguments: list[str],
+    started: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(webbrowser, "_tryorder", [])
+    (tmp_path / "outputs" / "finetune_2").rename(tmp_path / "elsewhere")
+    assert cli.main(["report", *arguments[1:], "--open", "--so-far"]) == 0
+    shown = capsys.readouterr()
+    assert "report/index.html" in shown.out
+    assert "No browser was found. Open file://" in shown.err
+    assert started == []

@@ -203,6 +203,20 @@ def test_curves_follow_the_recorded_values(drawn: dict[str, Drawing]) -> None:
     assert "0.002 at its peak, 0 at the end" in drawn["rate"].alt
 
 
+def test_resumes_are_marked_at_their_epochs(drawn: dict[str, Drawing]) -> None:
+    for plain, marked in zip(
+        (drawn["loss"], drawn["accuracy"], drawn["rate"]),
+        figures.pretraining_charts(METRICS, resumed=[1.25, 1.5]),
+        strict=True,
+    ):
+        assert marked.alt == plain.alt + " Resumed after an interruption at epoch 1.25, 1.5."
+        assert marked.caption == plain.caption + " Triangles: resumed after an interruption."
+    loss = figures.pretraining_charts(METRICS, resumed=[1.5])[0]
+    (x, _), (same, _) = points_of(loss, "var(--ink)", dashed=True)
+    train = points_of(loss, "var(--accent)")  # at epochs 0.5, 1, 1.5 and 2
+    assert x == same == pytest.approx(train[2][0], abs=0.01)
+
+
 def test_layers_are_drawn_for_the_backbone_and_dashed_for_a_random_one(
     drawn: dict[str, Drawing],
 ) -> None:

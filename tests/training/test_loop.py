@@ -17,6 +17,7 @@ from training import checkpoint, evaluation, finetune, pretrain, stage_files, st
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.errors import CheckpointError, DivergedError, OutOfMemoryError
+from training.resumes import read_resumes
 from training.runner import run_stage
 from training.settings import ConfigError, Settings, merge, override, validate
 from training.stage_files import CHECKPOINTS
@@ -95,6 +96,10 @@ def test_stopped_and_resumed_ends_in_the_same_bytes(
     assert weights_sha256(cut) == weights_sha256(whole)
     assert metrics(cut) == metrics(whole)
     assert result.scores == expected.scores
+    resumed = [resume["step"] for resume in read_resumes(cut.directory)]
+    assert resumed == sorted(set(resumed))
+    assert 2 <= len(resumed) <= stops
+    assert read_resumes(whole.directory) == []
 
 
 def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:

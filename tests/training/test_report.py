@@ -9,6 +9,8 @@ import pytest
 
 from training import report, store
 from training.figures import BLUE
+from training.report_scores import TITLES
+from training.resumes import note_start
 from training.runner import run_stage
 from training.settings import build_settings
 from training.stages import STAGES
@@ -267,16 +269,21 @@ def test_facts_that_differ_between_stages_are_told_apart(results: dict[str, Stag
 def test_the_page_loads_nothing(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
-        assert tag not in {"script", "iframe", "object", "embed", "img", "base", "form"}
+        assert tag not in {"script", "iframe", "object", "embed", "base", "form"}
         for name, value in attributes.items():
-            if name in {"src", "href", "srcset", "data", "action", "xlink:href"}:
+            if tag != "a" and name in {"src", "href", "srcset", "data", "action", "xlink:href"}:
                 assert value is not None
                 assert value.startswith(("#", "data:")), (tag, name, value)
     (style,) = re.findall(r"<style>(.*?)</style>", html, flags=re.DOTALL)
     assert "@import" not in style
     assert "url(" not in style
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
-    assert "http" not in html
+    assert set(re.findall(r'[^ ]*http[^ >"]*', html)) == {
+        "http-equiv=",
+        *(f'href="{attributes["href"]}' for attributes in page.named("a")),
+    }
+    (policy,) = [row["content"] for row in page.named("meta") if "http-equiv" in row]
+    assert (policy or "").startswith("default-src 'none'; img-src data:;")
 
 
 def test_every_figure_has_a_text_alternative_and_a_caption(html: str) -> None:
@@ -319,7 +326,7 @@ def test_the_page_is_made_for_dark_screens_phones_and_paper(html: str) -> None:
 def test_a_stage_that_is_missing_is_left_out(missing: str, results: dict[str, StageResult]) -> None:
     del results[missing]
     page = Page(report.render(results, SETTINGS))
-    title = report.TITLES[missing]
+    title = TITLES[missing]
     assert title not in page.cells
     assert ("Pretraining" in page.headings) == (missing != "pretrain")
     assert ("What each layer knows" in page.headings) == (missing != "feature_analysis")
@@ -330,7 +337,33 @@ def test_a_stage_that_is_missing_is_left_out(missing: str, results: dict[str, St
 @pytest.mark.parametrize("only", SCORES)
 def test_one_stage_alone_makes_a_page(only: str, results: dict[str, StageResult]) -> None:
     page = Page(report.render({only: results[only]}, SETTINGS))
-    assert report.TITLES[only] in page.cells
+    assert TITLES[only] in page.cells
+
+
+def test_resumes_are_marked_and_counted(results: dict[str, StageResult]) -> None:
+    without = Page(report.render(results, SETTINGS))
+    assert "resumed" not in without.text
+    note_start(results["pretrain"].directory, step=1234, epoch=1.5)
+    note_start(results["pretrain"].directory, step=2345, epoch=1.75)
+    page = Page(report.render(results, SETTINGS))
+    assert "Interrupted and resumed 2 times: at step 1,234, step 2,345." in page.text
+    labels = [row["aria-label"] or "" for row in page.named("svg")]
+    assert sum("Resumed after an interruption at epoch 1.5, 1.75." in text for text in labels) == 3
+
+
+def test_a_run_that_is_going_says_where_it_stands(results: dict[str, StageResult]) -> None:
+    going = results.pop("finetune_1").directory
+    del results["from_scratch"]
+    page = Page(report.render(results, SETTINGS, begun={"finetune_1": going}, finished=False))
+    assert "This run is not finished" in page.text
+    assert "Fine-tune, last block: at epoch 2.00; From scratch: not finished." in page.text
+    (curves,) = [
+        row["aria-label"] or ""
+        for row in page.named("svg")
+        if "top-1 on val" in (row["aria-label"] or "").lower()
+    ]
+    assert "Fine-tune, last block from 0.200 to 0.400" in curves
+    assert "not finished" not in Page(report.render(results, SETTINGS)).text
 
 
 def test_a_page_without_any_stage_says_so() -> None:
@@ -393,7 +426,7 @@ def test_results_are_read_where_the_outputs_lie_now(
 
 
 def test_every_stage_with_results_has_a_title() -> None:
-    assert [*report.TITLES, "report"] == list(STAGES)
+    assert [*TITLES, "report"] == list(STAGES)
 
 
 @pytest.mark.parametrize(
