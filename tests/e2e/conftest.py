@@ -268,6 +268,7 @@ class Prefect:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -120,6 +120,7 @@ def test_a_cancelled_run_saves_says_how_to_resume_and_retries_from_there(
     assert saved
     assert facts["resume"] in str(prefect.how_to_resume(run).data)
 
+    time.sleep(10)  # for a moment longer the worker ends whatever it started for a cancelled run
     retried = prefect.prefect("flow-run", "retry", str(run))
     assert retried.returncode == 0, retried.stderr
     assert prefect.wait_for_state(run, "Completed", "Failed").state_name == "Completed"

@@ -33,7 +33,8 @@ STAGES = {
 
 
 def test_a_deployed_run_tells_its_story_and_the_second_one_is_cached(prefect: "Prefect") -> None:
-    run = prefect.deployment_run("rotation-vit/drawn")
+    other_images = ["data.crop_margin=0.25"]  # than those that other tests have prepared
+    run = prefect.deployment_run("rotation-vit/drawn", overrides=other_images)
     done = prefect.wait_for_state(run, "Completed", "Failed", "Crashed")
     assert done.state_name == "Completed"
     assert re.fullmatch(r"drawn · .+ · seed 0", done.name)
@@ -62,7 +63,7 @@ def test_a_deployed_run_tells_its_story_and_the_second_one_is_cached(prefect: "P
     command = prefect.run_json(0)["command"]
     assert command == ["prefect", "deployment", "run", "rotation-vit/drawn"]
 
-    again = prefect.deployment_run("rotation-vit/drawn")
+    again = prefect.deployment_run("rotation-vit/drawn", overrides=other_images)
     assert prefect.wait_for_state(again, "Completed", "Failed").state_name == "Completed"
     assert prefect.task_states(again) == dict.fromkeys(STAGES, "Cached")
 

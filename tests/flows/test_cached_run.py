@@ -1,24 +1,36 @@
 """A run that has nothing to compute, from the command line."""
 
 import json
+import shutil
 import webbrowser
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows import cli
-from training.settings import Settings, to_yaml
+from training.settings import Settings, to_yaml, validate
 from training.store import StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
 
 
+@pytest.fixture(scope="module")
+def computed(
+    run_stages: RunStages, tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Outputs in which all stages have been computed."""
+    outputs = tmp_path_factory.mktemp("computed")
+    run_stages(validate(deepcopy(tiny_run)), outputs, "report")
+    return outputs
+
+
 @pytest.fixture
-def arguments(run_stages: RunStages, tiny_settings: Settings, tmp_path: Path) -> list[str]:
+def arguments(computed: Path, tiny_settings: Settings, tmp_path: Path) -> list[str]:
     """The command line of a run whose stages have all been computed."""
-    run_stages(tiny_settings, tmp_path / "outputs", "report")
+    shutil.copytree(computed, tmp_path / "outputs")
     (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_settings))
     return ["run", "--config", str(tmp_path / "tiny.yaml"), "--outputs", str(tmp_path / "outputs")]
 
