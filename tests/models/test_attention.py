@@ -64,8 +64,8 @@ def test_rollout_of_a_block_that_looks_at_itself_is_the_token_itself() -> None:
 def test_looking_changes_nothing(model: ViTForImageClassification, rng: torch.Generator) -> None:
     images = torch.rand(2, 3, 15, 15, generator=rng) * 2 - 1
     model.train()
-    model.vit.train(False)
+    model.classifier.train(False)
     first = class_attention(model, images)
-    assert (model.training, model.vit.training) == (True, False)
+    assert (model.vit.training, model.classifier.training) == (True, False)
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(first.rollout, class_attention(model, images).rollout), "dropout was active"
