@@ -124,9 +124,21 @@ def upright(
     from training.upright import turn_upright
 
     directory = find_model(model, outputs, stage=stage, kind="rotations")
-    photos = turn_upright(
-        Predictor.load(directory), folder, out, min_confidence=min_confidence, reencode=reencode
-    )
+    predictor = Predictor.load(directory)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bars:
+        bar = bars.add_task("photos", total=None)
+        photos = turn_upright(
+            predictor,
+            folder,
+            out,
+            min_confidence=min_confidence,
+            reencode=reencode,
+            report=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
     if as_json:
         _print_json({"model": str(directory), "photos": [_photo(photo) for photo in photos]})
         return

@@ -82,9 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         for part, status in hub.refuse.items():
             if part in path:
                 return self._send(status, {"error": f"the stand-in answers {status}"})
-        if path.startswith("/lfs/"):  # its address is the permission
-            assert hashlib.sha256(body).hexdigest() == path.removeprefix("/lfs/")
-            hub.large[path.removeprefix("/lfs/")] = body
+        if path.startswith("/large/"):  # its address is the permission
+            assert hashlib.sha256(body).hexdigest() == path.removeprefix("/large/")
+            hub.large[path.removeprefix("/large/")] = body
             return self._send(200, {})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid username or password."})
@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             objects = json.loads(body)["objects"]
             for each in objects:
-                each["actions"] = {"upload": {"href": f"{hub.url}/lfs/{each['oid']}"}}
+                each["actions"] = {"upload": {"href": f"{hub.url}/large/{each['oid']}"}}
             return self._send(200, {"objects": objects, "transfer": "basic"})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tree|preupload|commit)/main", path)
         if not found or found[1] not in hub.repositories:

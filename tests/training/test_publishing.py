@@ -171,7 +171,8 @@ def test_what_an_interrupted_attempt_left_is_no_obstacle(
         ("create", 403, r"may not write to someone/rotation\.vit_2 \(403\)"),
         ("create", 500, r"has a problem of its own \(500\)"),
         ("preupload", 403, r"may not write to .* \(403\)"),
-        ("/lfs/", 403, r"may not write to .* \(403\)"),
+        ("/lfs/objects", 403, r"may not write to .* \(403\)"),
+        ("/large/", 403, r"may not write to .* \(403\)"),
         ("commit", 401, r"does not accept the token \(401\)"),
     ],
 )
