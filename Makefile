@@ -1,7 +1,7 @@
 # make demo    set up, then run the default preset: from nothing to a table of results
 # make test    set up, then run every check
 # make ui      set up, then Prefect's server, worker and UI on this machine
-# make e2e     runs against a real server and worker, with what can fail there; a quarter of an hour
+# make e2e     runs against a real server and worker, with what can fail there; part of the tests
 # make check   the same checks in the environment that is active (or .venv)
 PYTHON ?= python3
 BIN := .venv/bin

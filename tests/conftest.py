@@ -1,6 +1,7 @@
 """What several tests need: a seeded generator, a few drawn images, the settings of a tiny run."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -22,6 +23,9 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # a token may lie i
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
 os.environ["NETRC"] = os.devnull  # a key for W&B may lie in the user's own
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see training/hardware.py
+
+# Tests that run side by side do so in processes that ignore Ctrl-C; what they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """A real server and a real worker on loopback, set up and deployed as `make ui` does it."""
 
+import itertools
 import json
 import os
 import re
@@ -277,6 +278,15 @@ def _words(process: psutil.Process) -> list[str]:
     except psutil.Error:  # it has ended meanwhile
         return []
     return words
+
+
+_SEEDS = itertools.count(1)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed that no other test has, nor the same one if it is run again: nothing is cached."""
+    return next(_SEEDS)
 
 
 @pytest.fixture
