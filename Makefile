@@ -36,7 +36,7 @@ e2e:
 	$(RUN)$(PYTEST) -m e2e
 
 fast:
-	$(RUN)pytest -m "not slow"
+	$(RUN)$(PYTEST) -m "not slow"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

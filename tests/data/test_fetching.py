@@ -76,8 +76,12 @@ def test_after_a_fault_the_file_is_whole(
         (Fault("cut", 0, times=99), "4 attempts in a row failed.*run the same command again"),
         (Fault("status", 429, times=99), "the server answered 429"),
         (Fault("status", 500, times=99), "the server answered 500"),
-        (Fault("stall", 0, times=99), "4 attempts in a row failed"),
-        (Fault("drip", times=99), r"only \d+ bytes came in 0 s"),
+        pytest.param(
+            Fault("stall", 0, times=99), "4 attempts in a row failed", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            Fault("drip", times=99), r"only \d+ bytes came in 0 s", marks=pytest.mark.slow
+        ),
         (Fault("flip", times=99), "must have 102,400 bytes and sha256:.*3 copies had others"),
         (Fault("short", times=99), "the server has 51,200 bytes instead of 102,400"),
         (Fault("long", times=99), "the server has 102,500 bytes instead of 102,400"),

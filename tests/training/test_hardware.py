@@ -54,7 +54,7 @@ def test_a_damaged_decision_is_not_guessed_anew(tmp_path: Path) -> None:
         decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("wanted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_network_is_compiled_where_that_is_wanted(wanted: bool) -> None:
     found = decide(HardwareSettings(device="cpu", compile=wanted), embed_dim=16)
     model = torch.nn.Linear(3, 2)

@@ -84,6 +84,7 @@ def test_copies_are_left_out_only_if_asked(
     assert np.array_equal(fewer.val.indices, splits.val.indices)
 
 
+@pytest.mark.slow
 def test_copies_of_the_transfer_test_images_are_left_out_too(
     photos: Path, tiny_values: dict[str, Any], tmp_path: Path, run_stages: RunStages
 ) -> None:

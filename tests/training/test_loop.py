@@ -75,7 +75,7 @@ def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
     ("precision", "compiled"),
     [
         ("float32", False),
-        ("bfloat16", False),
+        pytest.param("bfloat16", False, marks=pytest.mark.slow),
         pytest.param("float32", True, marks=pytest.mark.slow),
         pytest.param("bfloat16", True, marks=pytest.mark.slow),
     ],
@@ -364,6 +364,7 @@ def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
     assert stage_files.newest_step(request.directory) == 18
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
     stop_after: StopAfter, run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
 ) -> None:

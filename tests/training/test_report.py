@@ -382,6 +382,7 @@ def test_missing_or_torn_metrics_cost_a_figure_and_not_the_page(
     assert Page(report.render(results, SETTINGS)).named("svg") == whole
 
 
+@pytest.mark.slow
 def test_two_sources_of_images_have_a_table_each_and_one_has_one(
     results: dict[str, StageResult],
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_second_one_within_ten_seconds_stops_at_once(number: int) -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.slow
 def test_a_stop_passed_on_by_the_parent_does_not_count_as_a_second_one() -> None:
     """A service manager signals parent and child, and the parent passes its signal on."""
     process = listener(saving_seconds=1)

@@ -138,6 +138,7 @@ def test_patience_ends_training_early(
     assert results["from_scratch"].scores["epochs"] == 3, "the first is best, two more follow"
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_resumes_with_its_best_weights(
     run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
 ) -> None:
