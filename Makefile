@@ -10,10 +10,6 @@ BIN := .venv/bin
 IN_VENV := $(wildcard $(BIN)/python)
 RUN = $(if $(IN_VENV),$(BIN)/,)
 
-# Two processes, because a good part of the tests waits; whole files, because some share what is slow
-# to make.
-PYTEST = pytest -n 2 --dist loadfile
-
 .PHONY: demo test ui check e2e fast clean
 
 demo: .venv/installed
@@ -30,13 +26,13 @@ check:
 	$(RUN)ruff check .
 	$(RUN)mypy
 	$(RUN)lint-imports
-	$(RUN)$(PYTEST)
+	$(RUN)pytest
 
 e2e:
-	$(RUN)$(PYTEST) -m e2e
+	$(RUN)pytest -m e2e
 
 fast:
-	$(RUN)$(PYTEST) -m "not slow"
+	$(RUN)pytest -m "not slow"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
