@@ -6,6 +6,8 @@ Reads and imports next to nothing, so that settings and plans know it at once.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
+from urllib.parse import urlsplit
 
 from data.records import DatasetError, Split
 
@@ -115,6 +117,23 @@ def is_remote(spec: str) -> bool:
     """Tell whether a source must be downloaded before it can be read."""
     kind, _, location = spec.partition(":")
     return spec in KNOWN or kind == "hub" or (kind == "parquet" and is_url(location))
+
+
+def public_source(spec: str) -> str:
+    """Return a data source without what is nobody else's business: paths, users, tokens."""
+    kind, _, location = spec.partition(":")
+    if not location or kind == "hub":
+        return spec
+    return without_secrets(spec) if is_url(location) else f"{kind}:{PurePath(location).name}"
+
+
+def without_secrets(spec: str) -> str:
+    """Return a data source whose address, if it is one, has no user, password or query."""
+    kind, _, location = spec.partition(":")
+    if kind == "hub" or not is_url(location):
+        return spec
+    parts = urlsplit(location)
+    return f"{kind}:{parts.scheme}://{parts.hostname or ''}{parts.path}"
 
 
 def is_url(location: str) -> bool:

@@ -28,6 +28,7 @@ QUARTER_TURNS = {
 REENCODED_JPEG_QUALITY = 95
 
 _ORIENTATION, _SHORT = 0x0112, 3  # tag and type of EXIF
+_BITS_PER_SAMPLE = 0x0102  # tag of TIFF
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ORIENTATION_IN_XMP = re.compile(rb'(?<=tiff:Orientation)(="|>)\d')
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -64,9 +65,12 @@ def turn_by_encoding(content: bytes, quarter_turns: int) -> bytes:
     the pixels only the colour profile is kept.
 
     Raises:
-        LossError: If the file holds several pictures, of which only one would be left.
+        LossError: If the file holds several pictures, of which only one would be left, or more
+            than 8 bits per channel, of which only 8 would.
     """
     with _open(content) as picture:
+        if _bits_per_channel(content, picture) > 8:
+            raise LossError("it has more than 8 bits per channel")
         kind = "JPEG" if picture.format == "MPO" else str(picture.format)
         if getattr(picture, "n_frames", 1) > 1:
             raise LossError("it holds several pictures")
@@ -86,6 +90,15 @@ def turn_by_encoding(content: bytes, quarter_turns: int) -> bytes:
         except (OSError, ValueError) as error:  # a mode that the format can be read in only
             raise LossError(f"it cannot be written: {error}") from error
     return encoded.getvalue()
+
+
+def _bits_per_channel(content: bytes, picture: Image.Image) -> int:
+    if content.startswith(_PNG):
+        return content[24]  # of the header; Pillow's mode does not tell
+    if picture.format == "TIFF":
+        bits = picture.getexif().get(_BITS_PER_SAMPLE, 8)
+        return max(bits) if isinstance(bits, tuple) else int(bits)
+    return 16 if picture.mode[:1] in ("I", "F") else 8
 
 
 def turned_orientation(orientation: int, quarter_turns: int) -> int:

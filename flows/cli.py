@@ -180,7 +180,7 @@ def report(
     ] = False,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Run the stages that are missing, then write the report and open it."""
+    """Run the stages that are missing, then write the report; with --open show it."""
     settings = _settings(preset, config, overrides, seed)
     outputs = outputs.expanduser().resolve()
     if so_far:

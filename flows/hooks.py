@@ -4,6 +4,7 @@ Prefect calls these in the flow's process, or, where that was killed, in one of 
 """
 
 import logging
+from contextlib import suppress
 from logging import Logger, LoggerAdapter
 from typing import Any
 from uuid import UUID
@@ -75,8 +76,8 @@ def close_orphans(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) ->
 
 def after_crash(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """Close the orphans, and leave a run that has crashed often to a person."""
-    close_orphans(flow, flow_run, state)
     _bound_restarts(flow_run.id, flow_run_logger(flow_run, flow))
+    close_orphans(flow, flow_run, state)
 
 
 def go_on_after_crash() -> None:
@@ -85,8 +86,9 @@ def go_on_after_crash() -> None:
     Where an automation found that the process was gone, no hook was called.
     """
     run_id = UUID(str(runtime.flow_run.id))
-    _close_task_runs(run_id, "Its process was killed.")
-    _bound_restarts(run_id, logging.getLogger("training.flow"))
+    with suppress(Exception):  # what the UI shows of earlier attempts must not end this one
+        _bound_restarts(run_id, logging.getLogger("training.flow"))
+        _close_task_runs(run_id, "Its process was killed.")
 
 
 def tidy_up_after_others() -> None:

@@ -102,7 +102,10 @@ def upright(
     ] = 0.9,
     reencode: Annotated[
         bool,
-        typer.Option("--reencode", help="Encode anew what cannot be turned without loss."),
+        typer.Option(
+            "--reencode",
+            help="Encode anew what cannot be turned without loss; metadata are lost.",
+        ),
     ] = False,
     as_json: JsonOption = False,
     stage: StageOption = None,

@@ -5,16 +5,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 
 from data.rotation import ROTATION_NAMES
-from data.specs import KNOWN, hub_address, is_url
+from data.specs import KNOWN, hub_address, public_source
 from models.export import (
     WEIGHTS_FILE,
     architecture,
@@ -123,20 +122,9 @@ def render_card(
         stage=stage.replace("_", "-"),
         why=why,
         data=list(_data(run, sources)),
-        copies=0 if stage == "from_scratch" else _copies(run),
+        copies=0 if stage == "from_scratch" else _copies(run, stage),
         licences=[data_licence] if data_licence else _licences(sources),
     )
-
-
-def public_source(spec: str) -> str:
-    """Return a data source without what is nobody else's business: paths, users, tokens."""
-    kind, _, location = spec.partition(":")
-    if not location or kind == "hub":
-        return spec
-    if is_url(location):
-        parts = urlsplit(location)
-        return f"{kind}:{parts.scheme}://{parts.hostname or ''}{parts.path}"
-    return f"{kind}:{PurePath(location).name}"
 
 
 def _facts(run: FinishedRun) -> Mapping[str, Any]:
@@ -209,7 +197,11 @@ def _data(run: FinishedRun, sources: Mapping[str, str]) -> Iterator[dict[str, st
         yield {"role": "trained and tested on", "source": sources["transfer"], "amount": amount}
 
 
-def _copies(run: FinishedRun) -> int:
+def _copies(run: FinishedRun, stage: str) -> int:
+    """Count test images that are, or nearly are, among those that were pretrained on."""
+    trained_on_others = stage != "pretrain" and "prepare_transfer_data" in run.stages
+    if trained_on_others or "left_out" in run.stages.get("pretrain", {}):
+        return 0  # counted among others, or none was pretrained on
     row = run.stages.get("prepare_data", {})
     return int(row.get("test_copies_in_train") or 0)
 

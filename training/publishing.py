@@ -13,11 +13,12 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
+from data.specs import public_source
 from models.errors import ModelError
 from models.export import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE
 from training.errors import PublishError
 from training.finished_models import FinishedRun
-from training.model_card import public_source, render_card
+from training.model_card import render_card
 from training.settings import ConfigError
 from training.stage_files import MODEL, sha256_of
 from training.store import StageResult
@@ -208,7 +209,7 @@ def _public_results(results: Mapping[str, Any]) -> dict[str, Any]:
     for role in ("pretrain", "transfer"):
         public["data"][role] = public_source(public["data"][role])
     for row in public["stages"].values():
-        for name in ("directory", "skipped_examples"):
+        for name in ("directory", "skipped_examples", "sources"):
             row.pop(name, None)
         if isinstance(row.get("source"), str):
             row["source"] = public_source(row["source"])

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from data.records import DatasetError
+from data.specs import without_secrets
 from training import figures, report_pictures, store
 from training.hardware import decide
 from training.images import copies_in_pretraining
@@ -88,7 +89,10 @@ def whole_page(
     finished: bool = True,
 ) -> str:
     """Return the page with its pictures; see `render`."""
-    hardware = decide(settings.hardware, embed_dim=settings.model.embed_dim)
+    chosen = settings.hardware
+    if not finished:  # the GPU is the training's that is going
+        chosen = chosen.model_copy(update={"device": "cpu"})
+    hardware = decide(chosen, embed_dim=settings.model.embed_dim)
     pictures = report_pictures.draw(results, settings, hardware)
     return render(results, settings, pictures=pictures, begun=begun, finished=finished)
 
@@ -185,7 +189,7 @@ def _prepared(results: Mapping[str, StageResult], settings: Settings) -> Iterato
         scores = result.scores
         yield {
             "title": "To pretrain on" if name == "prepare_data" else "To transfer to",
-            "source": scores.get("source"),
+            "source": without_secrets(str(scores.get("source", ""))),
             "side": scores.get("side"),
             "counts": scores.get("counts", {}),
             "classes": scores.get("classes", []),
@@ -229,6 +233,8 @@ def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, value in flatten(values):
         group, _, setting = name.rpartition(".")
+        if setting.endswith("source") and isinstance(value, str):
+            value = without_secrets(value)  # the page is shared
         groups.setdefault(group or "run", []).append((setting, _plain(value)))
     return list(groups.items())
 

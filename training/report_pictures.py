@@ -48,7 +48,7 @@ MISTAKES, RIGHT = 12, 6
 EXAMPLES = 8
 """Images whose attention is shown."""
 
-_BATCH_SIZE = 256
+_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def note_start(directory: Path, *, step: int, epoch: float) -> None:
 def read_resumes(directory: Path) -> list[Resume]:
     """Return a stage's resumes by step; none where nothing, or nothing readable, was noted."""
     try:
-        found: list[Resume] = json.loads((directory / RESUMES).read_bytes())
-    except (OSError, ValueError):
+        found = json.loads((directory / RESUMES).read_bytes())
+        return [{"step": int(each["step"]), "epoch": float(each["epoch"])} for each in found]
+    except (OSError, ValueError, TypeError, KeyError):
         return []
-    return found

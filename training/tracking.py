@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.specs import without_secrets
 from training import attempts, store
 from training.lock import locked
 from training.metrics_file import MetricsTail
@@ -33,9 +34,6 @@ PROJECTS = {"feature_analysis": "vit-feature-analysis"}
 """W&B project by stage; the others go to `PROJECT`."""
 
 PROJECT = "vit-self-supervised-rotation"
-
-BACKGROUND_SECONDS = 300.0
-"""Longest time that the process outlives its stage. What W&B has not taken then stays on disk."""
 
 INIT_SECONDS = 30.0
 """Longest time that opening a run takes; the stage does not wait for it."""
@@ -53,8 +51,9 @@ READ_EVERY_SECONDS = 1.0
 class _Ending:
     """How the stage ended, as the process hears it. From then on its own time is limited."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, background_seconds: float) -> None:
         self.is_done = False
+        self.seconds = background_seconds
         self._directory = directory
         self._heard = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -66,8 +65,8 @@ class _Ending:
     def _listen(self) -> None:
         self.is_done = sys.stdin.buffer.readline() == DONE
         self._heard.set()
-        time.sleep(BACKGROUND_SECONDS)
-        _say_what_lacks(self._directory, f"it has not taken all in {BACKGROUND_SECONDS:g} s")
+        time.sleep(self.seconds)
+        _say_what_lacks(self._directory, f"it has not taken all in {self.seconds:g} s")
         os._exit(1)  # whatever wandb waits for
 
 
@@ -118,20 +117,21 @@ class _History:
             self.told, self._row = self._step, {}
 
 
-def main(directory: str, mode: str, training: str) -> int:
+def main(directory: str, mode: str, training: str, background_seconds: str) -> int:
     """Tell W&B about the stage of a directory until it ends.
 
     Args:
         directory: The stage's.
         mode: `online` or `offline`.
         training: Process whose use of the machine is shown.
+        background_seconds: Longest time that this process outlives it.
 
     Returns:
         The exit status: 0 where W&B, or a file for it, has everything.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):  # the stage hears them too, and ends
         signal.signal(number, signal.SIG_IGN)
-    ending = _Ending(directory)
+    ending = _Ending(directory, float(background_seconds))
     try:
         request = store.read_config(Path(directory))
         # The process of an earlier attempt may still be sending.
@@ -144,6 +144,9 @@ def main(directory: str, mode: str, training: str) -> int:
 
 
 def _tell(request: StageRequest, mode: str, training: int, ending: _Ending) -> None:
+    is_overtaken = ending.wait(0) and not ending.is_done
+    if is_overtaken and (request.directory / "result.json").is_file():
+        return  # a later attempt at the stage has told all, and how it ended
     note = _Note(request)
     run = _open(request, mode, training, ending, note)
     if run.url:
@@ -171,7 +174,7 @@ def _open(
     is_warned = False
     while True:
         try:
-            return _init(request, mode, training, note)
+            return _init(request, mode, training, note, ending.seconds)
         except Exception as error:
             if mode == "offline" or ending.wait(0):
                 raise
@@ -193,7 +196,9 @@ def _start_afresh() -> None:
     wandb.teardown()
 
 
-def _init(request: StageRequest, mode: str, training: int, note: _Note) -> "wandb.Run":
+def _init(
+    request: StageRequest, mode: str, training: int, note: _Note, background_seconds: float
+) -> "wandb.Run":
     import wandb
 
     settings = request.settings
@@ -212,8 +217,8 @@ def _init(request: StageRequest, mode: str, training: int, note: _Note) -> "wand
             "key": request.key,
             "run": request.run,
             "preset": settings.preset,
-            "data.source": settings.data.source,
-            "transfer.source": settings.transfer_source[0],
+            "data.source": without_secrets(settings.data.source),
+            "transfer.source": without_secrets(settings.transfer_source[0]),
             **request.reads,
         },
         settings=wandb.Settings(
@@ -221,7 +226,7 @@ def _init(request: StageRequest, mode: str, training: int, note: _Note) -> "wand
             console="off",
             disable_git=True,
             init_timeout=INIT_SECONDS,
-            finish_timeout=BACKGROUND_SECONDS - 10,
+            finish_timeout=background_seconds - 10,
             finish_timeout_raises=True,
             x_graphql_timeout_seconds=REQUEST_SECONDS,
             x_file_stream_timeout_seconds=REQUEST_SECONDS,

@@ -31,6 +31,11 @@ COMMAND = (sys.executable, "-P", "-m", "training.tracking")
 WAIT_SECONDS = 5.0
 """Longest time that a stage waits at its end; what is not sent then is sent in the background."""
 
+BACKGROUND_SECONDS = 300.0
+"""Longest time that the process outlives its stage. What W&B has not taken then stays on disk."""
+
+A_DAY = 86_400.0
+
 DONE = b"done\n"
 """What the process hears when the result is written; nothing where the stage ends early."""
 
@@ -43,18 +48,25 @@ class Tracking:
     Args:
         request: Of the stage.
         mode: `online` or `offline`; by default as the settings say.
+        background_seconds: Longest time that the process outlives its stage.
 
     Raises:
         ConfigError: If `tracking.wandb` is `online` and no key is found.
     """
 
-    def __init__(self, request: StageRequest, mode: str | None = None) -> None:
+    def __init__(
+        self,
+        request: StageRequest,
+        mode: str | None = None,
+        background_seconds: float = BACKGROUND_SECONDS,
+    ) -> None:
         self._request = request
         self._process: subprocess.Popen[bytes] | None = None
         mode = mode or wandb_mode(request.settings.tracking)
         if mode == "disabled" or request.stage.startswith(("download", "prepare")):
             return
-        command = [*COMMAND, str(request.directory), mode, str(os.getpid())]
+        process, limit = str(os.getpid()), str(background_seconds)
+        command = [*COMMAND, str(request.directory), mode, process, limit]
         own = request.directory / TRACKING
         environment = {
             "WANDB_ERROR_REPORTING": "false",  # nothing to third parties, unless it is asked for
@@ -105,7 +117,8 @@ class Tracking:
             logger.info(
                 "W&B goes on being told about %s in the background. Should it not take all, %s",
                 self._request.stage,
-                f"`python -m training.wandb_process {self._request.directory}` tells it later.",
+                f"`python -m training.wandb_process {self._request.directory}` tells it later, "
+                "with the key in WANDB_API_KEY or from `wandb login`.",
             )
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -147,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutputsError as error:
         logger.error("%s", error)
         return 2
-    tracking = Tracking(request, mode="online")
+    # Somebody waits for it, and can end it.
+    tracking = Tracking(request, mode="online", background_seconds=A_DAY)
     tracking.done()
     tracking.wait()
     return 0 if tracking.has_told_all else 1

@@ -166,6 +166,16 @@ def test_what_would_lose_something_is_refused_with_the_reason() -> None:
         turn_by_encoding(cases["holds several pictures"], 1)
 
 
+def deep_tiff() -> bytes:
+    return encoded(Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3) * 9000), "TIFF")
+
+
+@pytest.mark.parametrize("content", [deep_png(), deep_tiff()], ids=["png", "tiff"])
+def test_more_than_8_bits_are_not_encoded_anew_as_8(content: bytes) -> None:
+    with pytest.raises(LossError, match="more than 8 bits"):
+        turn_by_encoding(content, 1)
+
+
 @pytest.mark.parametrize("kind", ["WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_are_encoded_anew_without_another_pixel(kind: str) -> None:
     options: dict[str, dict[str, Any]] = {

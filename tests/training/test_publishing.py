@@ -1,16 +1,18 @@
+import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import constants
 
+from data.specs import public_source
 from models.errors import ModelError
 from tests.training.standin_uploads import TOKEN, UploadHub, upload_hub
 from training.errors import PublishError
 from training.finished_models import FinishedRun, find_run
-from training.model_card import public_source
 from training.publishing import Publication, assemble, publish
 from training.settings import ConfigError
 
@@ -73,6 +75,18 @@ def test_nothing_published_says_where_things_lay(
     settings = yaml.safe_load(publication.files["config.yaml"])  # type: ignore[arg-type]
     assert settings["data"]["source"] == public_source(source)
     assert "tracking" not in settings
+
+
+def test_no_address_is_published_with_its_password(run: FinishedRun) -> None:
+    spec = "parquet:https://me:secret@host/a.parquet?token=1"
+    results = copy.deepcopy(dict(run.results))
+    results["data"]["pretrain"] = results["stages"]["prepare_data"]["source"] = spec
+    results["stages"]["download"] = {"key": "k", "sources": {spec: spec.partition(":")[2]}}
+    found = assemble(replace(run, results=results), "owner/name")
+    for name, content in found.files.items():
+        if isinstance(content, bytes):
+            assert b"secret" not in content, name
+            assert b"token=1" not in content, name
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,14 @@ def test_data_settings_times_and_environment_are_recorded(html: str) -> None:
     assert "and 11 more" in skipped
 
 
+def test_an_address_is_shown_without_its_password(results: dict[str, StageResult]) -> None:
+    address = "data.source=parquet:https://me:secret@host/a.parquet?token=1"
+    page = report.render(results, build_settings(overrides=[address]))
+    assert "parquet:https://host/a.parquet" in page
+    assert "secret" not in page
+    assert "token=1" not in page
+
+
 def test_settings_that_cannot_change_a_result_are_left_out(html: str) -> None:
     cells = Page(html).cells
     assert "precision" in cells

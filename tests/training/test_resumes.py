@@ -15,8 +15,9 @@ def test_resumes_are_kept_in_order_and_those_undone_are_forgotten(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torn_note_counts_as_none(tmp_path: Path) -> None:
-    (tmp_path / "resumes.json").write_text('[{"step": 1')
+@pytest.mark.parametrize("text", ['[{"step": 1', "[1]", '[{"epoch": 1}]', "7"])
+def test_a_note_that_is_none_counts_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "resumes.json").write_text(text)
     assert read_resumes(tmp_path) == []
     note_start(tmp_path, step=5, epoch=1.0)
     assert [resume["step"] for resume in read_resumes(tmp_path)] == [5]
