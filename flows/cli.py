@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `rotvit status | head`; otherwise Python complains at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except Exception as error:
+    except Exception as error:  # a user's mistake is a line; anything else goes on as it came
         if not _is_user_error(error):
             raise
         return _fail(str(error), EXIT_USER_ERROR)
@@ -289,7 +289,7 @@ def _compute(
     with display.shown(Console(stderr=True)), _signals_raised():
         try:
             return start_flow(settings, outputs, until, refresh)
-        except Exception as error:
+        except Exception as error:  # whatever ended the run, the log and the way on are named
             if _is_user_error(error):
                 raise
             raise RunFailedError(

@@ -1,9 +1,11 @@
 """The commit of the code that runs, for the record."""
 
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
+@cache  # asked for after every stage
 def describe_commit() -> str | None:
     """Return the commit, with `-dirty` where files were changed; None outside a checkout."""
     root = Path(__file__).parents[1]

@@ -7,14 +7,14 @@ files, by way of a redirect to another address as the real one does.
 import hashlib
 import json
 import re
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback_server import LoopbackServer, QuietHandler
 
 PIECE = 512
 
@@ -42,7 +42,7 @@ class Repository:
     """The token whose owner accepted the terms; None for a repository without terms."""
 
 
-class StandInHub:
+class StandInHub(LoopbackServer):
     """The server. `requests` lists what was asked: method, path, range, token."""
 
     def __init__(self) -> None:
@@ -52,19 +52,8 @@ class StandInHub:
         self.card_faults: list[Fault] = []
         """Of requests for the README, HEAD among them."""
         self.requests: list[tuple[str, str, str | None, str | None]] = []
-        self.closing = threading.Event()
-        hub = self
-
-        class Handler(_Handler):
-            standin = hub
-
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self.cdn = f"http://localhost:{self._server.server_address[1]}"
+        super().__init__(_Handler)
+        self.cdn = self.url.replace("127.0.0.1", "localhost")
         """The same server by another name: a redirect to it is one to another host."""
 
     def add(self, name: str, files: dict[str, bytes], **facts: Any) -> Repository:
@@ -74,26 +63,9 @@ class StandInHub:
     def content_requests(self) -> list[tuple[str, str, str | None, str | None]]:
         return [each for each in self.requests if each[1].startswith(("/cdn/", "/plain/"))]
 
-    def close(self) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
 
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that closed its connection, as it may
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     standin: StandInHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
     def do_HEAD(self) -> None:
         self._answer()

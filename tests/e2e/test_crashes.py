@@ -8,22 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from flows.service import AUTO_RESUME, MOST_CRASHES, RESUME_SECONDS
+from tests.e2e.marks import END_TO_END, ENDLESS, LONG
 
 if TYPE_CHECKING:  # the tests are no package that could be imported from
     from tests.e2e.conftest import Prefect
 
-# What waits for the clock of a shared machine may fail once; twice in a row is a failure.
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.flaky(reruns=1),
-]
-
-LONG = "pretrain.epochs=300"
-"""Some 20 seconds of training."""
-
-ENDLESS = "pretrain.epochs=100000"
+pytestmark = END_TO_END
 
 
 def test_a_killed_stage_is_retried_by_the_task_and_resumes(prefect: "Prefect", seed: int) -> None:

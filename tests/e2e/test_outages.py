@@ -8,22 +8,13 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-import pytest
-
 from flows.service import HEARTBEAT_SECONDS, SILENCE_SECONDS
+from tests.e2e.marks import END_TO_END, ENDLESS
 
 if TYPE_CHECKING:  # the tests are no package that could be imported from
     from tests.e2e.conftest import Prefect
 
-# What waits for the clock of a shared machine may fail once; twice in a row is a failure.
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.flaky(reruns=1),
-]
-
-ENDLESS = "pretrain.epochs=100000"
+pytestmark = END_TO_END
 
 
 def test_a_worker_that_is_stopped_stops_its_run_with_its_state_saved(

@@ -4,18 +4,18 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import yaml
 
+from tests.loopback_server import LoopbackServer, QuietHandler
+
 TOKEN = "hf_write"
 
 
-class UploadHub:
+class UploadHub(LoopbackServer):
     """The server.
 
     Attributes:
@@ -32,29 +32,11 @@ class UploadHub:
         self.refuse: dict[str, int] = {}
         self.requests: list[str] = []
         self.large: dict[str, bytes] = {}
-        hub = self
-
-        class Handler(_Handler):
-            standin = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     standin: UploadHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._answer(b"")

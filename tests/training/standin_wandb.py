@@ -7,12 +7,12 @@ the stream of a run's files, and uploads.
 import base64
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
+
+from tests.loopback_server import LoopbackServer, QuietHandler
 
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 
@@ -59,7 +59,7 @@ class Artifact:
     is_committed: bool = False
 
 
-class StandInWandb:
+class StandInWandb(LoopbackServer):
     """The server. `fault` says what it does with every request from now on.
 
     `hang` accepts and never answers, `cut` closes the connection, `500` answers so.
@@ -75,44 +75,16 @@ class StandInWandb:
         """Operations that there is no answer for here."""
         self.requests = 0
         self.fault: Literal["", "hang", "cut", "500"] = ""
-        self.closing = threading.Event()
-        standin = self
-
-        class Handler(_Handler):
-            wandb = standin
-
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        )
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        super().__init__(_Handler)
 
     def run_of(self, stage: str) -> Run:
         """The one run of a stage."""
         (found,) = [run for name, run in self.runs.items() if name.startswith(f"{stage}-")]
         return found
 
-    def close(self) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
 
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that closed its connection, as it may
-
-
-class _Handler(BaseHTTPRequestHandler):
-    wandb: StandInWandb
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+class _Handler(QuietHandler):
+    standin: StandInWandb
 
     def do_GET(self) -> None:
         self._answer()
@@ -125,15 +97,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.wandb.requests += 1
+        self.standin.requests += 1
         kind, _, credentials = self.headers.get("Authorization", "").partition(" ")
         if kind == "Basic":
-            self.wandb.keys.add(base64.b64decode(credentials).decode().partition(":")[2])
-        if self.wandb.fault == "hang":
-            self.wandb.closing.wait()
-        if self.wandb.fault in {"hang", "cut"}:
+            self.standin.keys.add(base64.b64decode(credentials).decode().partition(":")[2])
+        if self.standin.fault == "hang":
+            self.standin.closing.wait()
+        if self.standin.fault in {"hang", "cut"}:
             self.close_connection = True
-        elif self.wandb.fault == "500":
+        elif self.standin.fault == "500":
             self._reply({"error": "out of order"}, status=500)
         elif self.path == "/graphql":
             asked = json.loads(body)
@@ -141,13 +113,13 @@ class _Handler(BaseHTTPRequestHandler):
             assert name
             self._reply({"data": self._graphql(name[1], asked.get("variables") or {})})
         elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
-            self._stream(self.wandb.runs[found[1]], json.loads(body))
+            self._stream(self.standin.runs[found[1]], json.loads(body))
             self._reply({})
         elif self.path.startswith("/uploads/"):
-            self.wandb.uploads[self.path.removeprefix("/uploads/")] = body
+            self.standin.uploads[self.path.removeprefix("/uploads/")] = body
             self._reply({})
         else:
-            self.wandb.unknown.add(f"{self.command} {self.path}")
+            self.standin.unknown.add(f"{self.command} {self.path}")
             self._reply({}, status=404)
 
     def _reply(self, content: Any, status: int = 200) -> None:
@@ -169,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _graphql(self, name: str, given: dict[str, Any]) -> Any:
         answer = getattr(self, f"_on_{name}", None)
         if answer is None:
-            self.wandb.unknown.add(name)
+            self.standin.unknown.add(name)
             return None
         return answer(given.get("input") or given)
 
@@ -184,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"entity": None}
 
     def _on_RunResumeStatus(self, given: dict[str, Any]) -> Any:
-        run = self.wandb.runs.get(given["name"])
+        run = self.standin.runs.get(given["name"])
         if run is None:
             return {"model": None}
         tail = [line for _, line in sorted(run.lines.get(HISTORY, {}).items())][-1:]
@@ -208,8 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _on_UpsertBucket(self, given: dict[str, Any]) -> Any:
         name = given.get("name") or given["id"]
         entity = given.get("entity") or "somebody"
-        is_new = name not in self.wandb.runs
-        run = self.wandb.runs.setdefault(name, Run(given.get("project") or "", entity))
+        is_new = name not in self.standin.runs
+        run = self.standin.runs.setdefault(name, Run(given.get("project") or "", entity))
         facts = ("groupName", "displayName", "jobType", "program")
         run.facts |= {fact: given[fact] for fact in facts if given.get(fact)}
         if given.get("config"):
@@ -234,15 +206,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _on_CreateRunFiles(self, given: dict[str, Any]) -> Any:
         files = [
-            {"name": name, "uploadUrl": f"{self.wandb.url}/uploads/{given['run']}/{name}"}
+            {"name": name, "uploadUrl": f"{self.standin.url}/uploads/{given['run']}/{name}"}
             for name in given["files"]
         ]
         made = {"runID": given["run"], "uploadHeaders": [], "files": files}
         return {"createRunFiles": made}
 
     def _on_CreateArtifact(self, given: dict[str, Any]) -> Any:
-        ident = f"artifact{len(self.wandb.artifacts)}"
-        self.wandb.artifacts[ident] = Artifact(
+        ident = f"artifact{len(self.standin.artifacts)}"
+        self.standin.artifacts[ident] = Artifact(
             name=given["artifactCollectionName"] or given["artifactCollectionNames"][0],
             type=given["artifactTypeName"],
             run=given["runName"],
@@ -253,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"createArtifact": {"artifact": artifact}}
 
     def _on_CreateArtifactManifest(self, given: dict[str, Any]) -> Any:
-        url = f"{self.wandb.url}/uploads/{given['artifactID']}/manifest"
+        url = f"{self.standin.url}/uploads/{given['artifactID']}/manifest"
         file = {"id": "f", "uploadUrl": url, "uploadHeaders": []}
         manifest = {"id": given["artifactID"], "file": file}
         return {"createArtifactManifest": {"artifactManifest": manifest}}
@@ -263,7 +235,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "node": {
                     "storagePath": item["name"],
-                    "uploadUrl": f"{self.wandb.url}/uploads/{item['artifactID']}/{item['name']}",
+                    "uploadUrl": f"{self.standin.url}/uploads/{item['artifactID']}/{item['name']}",
                     "uploadHeaders": [],
                     "uploadMultipartUrls": None,
                     "artifact": {"id": item["artifactID"]},
@@ -274,13 +246,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def _on_CommitArtifact(self, given: dict[str, Any]) -> Any:
-        artifact = self.wandb.artifacts[given["artifactID"]]
-        artifact.manifest = json.loads(self.wandb.uploads[f"{given['artifactID']}/manifest"])
+        artifact = self.standin.artifacts[given["artifactID"]]
+        artifact.manifest = json.loads(self.standin.uploads[f"{given['artifactID']}/manifest"])
         artifact.is_committed = True
         return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": ""}}}
 
     def _on_UpdateArtifactManifest(self, given: dict[str, Any]) -> Any:
-        url = f"{self.wandb.url}/uploads/{given['artifactManifestID']}/manifest"
+        url = f"{self.standin.url}/uploads/{given['artifactManifestID']}/manifest"
         file = {"id": "f", "uploadUrl": url, "uploadHeaders": []}
         manifest = {"id": given["artifactManifestID"], "file": file}
         return {"updateArtifactManifest": {"artifactManifest": manifest}}
