@@ -66,8 +66,8 @@ from chaos_attempts import Try, fork, log_of
 from chaos_faults import FAULTS
 
 from training import attempts, prepare_data, stage_files, store
+from training.configure import validate
 from training.runner import run_stage
-from training.settings import validate
 from training.stages import STAGES
 from training.store import StageRequest
 

@@ -27,9 +27,10 @@ from data.drawn import draw
 from training import hardware, loop, prepare_data, pretrain, progress, stage_files, store
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
+from training.configure import validate
 from training.progress import Progress
 from training.runner import run_stage
-from training.settings import Settings, validate
+from training.settings import Settings
 from training.stages import STAGES
 from training.store import StageRequest
 

@@ -41,7 +41,7 @@ from importlib import import_module
 from pathlib import Path
 from training import store
 from training.runner import run_stage
-from training.settings import build_settings
+from training.configure import build_settings
 from training.stages import plan
 
 settings, results = build_settings("drawn", overrides=sys.argv[2:]), {}

@@ -29,10 +29,11 @@ from data.rotation import NUM_ROTATIONS, ROTATION_NAMES
 from models.freezing import set_train_mode
 from models.vit import to_device
 from training import hardware, optim, prepare_data, pretrain, progress, store
+from training.configure import build_settings
 from training.network import build_model
 from training.progress import Progress
 from training.runner import StageContext, run_stage
-from training.settings import Settings, build_settings
+from training.settings import Settings
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest

@@ -239,7 +239,7 @@ def config(
     """Print all settings as YAML that --config accepts."""
     # --outputs is no setting; it is taken so that the options of a run can be pasted here.
     settings = _settings(preset, config, overrides, seed)
-    from training.settings import to_yaml
+    from training.configure import to_yaml
 
     typer.echo(to_yaml(settings), nl=False)
 
@@ -250,7 +250,7 @@ model_commands.add_to(app)
 def _settings(
     preset: str | None, config: Path | None, overrides: Sequence[str] | None, seed: int | None
 ) -> "Settings":
-    from training.settings import build_settings
+    from training.configure import build_settings
 
     return build_settings(preset, config=config, overrides=overrides or (), seed=seed)
 

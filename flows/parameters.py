@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from prefect.runtime import flow_run
 from pydantic import AfterValidator, BaseModel, Field
 
-from training.settings import Settings, override
+from training.configure import override
+from training.settings import Settings
 from training.stages import STAGES, stage_named
 
 

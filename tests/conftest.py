@@ -34,9 +34,10 @@ from data.drawn import draw, label_of
 from tests.data.standin_hub import StandInHub, standin_hub
 from tests.landscapes import train_on_landscapes
 from training import store
+from training.configure import validate
 from training.run_record import RunRecord
 from training.runner import run_stage
-from training.settings import Settings, validate
+from training.settings import Settings
 from training.stages import plan
 from training.stopping import StopRequest
 from training.store import StageResult

@@ -11,8 +11,8 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 
 from flows import service
+from training.configure import build_settings
 from training.presets import PRESETS
-from training.settings import build_settings
 from training.stages import STAGES
 
 ROOT = Path(__file__).parents[1]

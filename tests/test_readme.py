@@ -12,8 +12,8 @@ import yaml
 
 from data.records import Source
 from data.sources import REGISTERED
+from training.configure import setting_names
 from training.presets import PRESETS
-from training.settings import setting_names
 from training.stages import STAGES
 
 ROOT = Path(__file__).parents[1]

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from data.records import DatasetError
 from data.specs import without_secrets
 from training import figures, report_pictures, store
+from training.configure import flatten
 from training.hardware import decide
 from training.images import copies_in_pretraining
 from training.metrics_file import METRICS, read_metrics
@@ -22,7 +23,7 @@ from training.report_scores import TITLES, class_chance, class_scores, rotation_
 from training.resumes import read_resumes
 from training.run_record import run_directory
 from training.runner import StageContext, StageOutcome
-from training.settings import Settings, flatten
+from training.settings import Settings
 from training.stages import plan
 from training.store import StageResult, write_atomically
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from training import stage_files, store
 from training.commit import describe_commit
-from training.settings import Settings, to_yaml
+from training.configure import to_yaml
+from training.settings import Settings
 from training.stage_files import digest_of
 from training.stages import STAGES, plan
 from training.store import StageRequest, StageResult, write_atomically

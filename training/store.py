@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data import catalogue, prepared, sources
-from training.settings import Settings, flatten
+from training.configure import flatten
+from training.settings import Settings
 from training.stage_files import (
     FileRecord,
     OutputsError,

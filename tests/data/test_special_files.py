@@ -18,8 +18,8 @@ from data.prepare import prepare
 from data.records import DatasetError
 from data.sources import open_source
 from training import prepare_data
+from training.configure import build_settings
 from training.runner import run_stage
-from training.settings import build_settings
 from training.stages import STAGES
 from training.store import make_request
 

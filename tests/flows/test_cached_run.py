@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from flows import cli
-from training.settings import Settings, to_yaml, validate
+from training.configure import to_yaml, validate
+from training.settings import Settings
 from training.store import StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]

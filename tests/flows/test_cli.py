@@ -18,7 +18,8 @@ import pytest
 from flows import cli
 from flows.cli import main
 from training import stage_files, store
-from training.settings import ConfigError, Settings, build_settings
+from training.configure import build_settings
+from training.settings import ConfigError, Settings
 from training.stages import STAGES, plan
 from training.store import StageResult
 

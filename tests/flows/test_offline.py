@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from training.settings import Settings, to_yaml
+from training.configure import to_yaml
+from training.settings import Settings
 
 WITHOUT_NETWORK = """
 import fcntl, os, socket, struct, sys

@@ -11,7 +11,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ParameterTypeError
 
 from flows.rotation_vit import TASKS, rotation_vit
-from training.settings import ConfigError, Settings, merge, validate
+from training.configure import validate
+from training.settings import ConfigError, Settings, merge
 from training.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]

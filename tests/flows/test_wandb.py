@@ -14,7 +14,8 @@ from prefect.settings import PREFECT_SERVER_DATABASE_CONNECTION_URL
 from flows.rotation_vit import rotation_vit
 from tasks.wandb_secret import wandb_key_of_secret
 from tests.training.standin_wandb import StandInWandb, standin_wandb
-from training.settings import ConfigError, TrackingSettings, merge, validate
+from training.configure import validate
+from training.settings import ConfigError, TrackingSettings, merge
 from training.wandb_key import HOW_TO_TURN_ON
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]

@@ -15,9 +15,10 @@ import pytest
 
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from training import progress, store
+from training.configure import validate
 from training.errors import DivergedError
 from training.progress import Progress
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 

@@ -17,7 +17,8 @@ from tasks.delivery import attempts_without_progress, deliver, stage_task
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
 from training import attempts, store
-from training.settings import ConfigError, merge, validate
+from training.configure import validate
+from training.settings import ConfigError, merge
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 

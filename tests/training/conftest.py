@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from training import store
+from training.configure import validate
 from training.runner import Compute, StageContext, StageOutcome
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 

@@ -15,9 +15,10 @@ from data.records import DatasetError
 from tasks.child_process import run_in_child
 from tests.data.standin_hub import Fault, StandInHub
 from training import attempts, download, preflight, runner, store
+from training.configure import validate
 from training.run_record import RunRecord, record_if_all_cached
 from training.runner import run_stage
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest, StageResult

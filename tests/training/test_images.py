@@ -14,8 +14,8 @@ from PIL import Image
 from data.drawn import DrawnSource
 from data.records import DatasetError
 from training import store
+from training.configure import validate
 from training.images import open_pretraining, open_splits
-from training.settings import validate
 from training.stages import STAGES, plan
 from training.store import StageResult
 

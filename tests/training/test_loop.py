@@ -16,10 +16,11 @@ from data.randomness import derive_seed
 from training import checkpoint, evaluation, finetune, pretrain, stage_files, store
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
+from training.configure import override, validate
 from training.errors import CheckpointError, DivergedError, OutOfMemoryError
 from training.resumes import read_resumes
 from training.runner import run_stage
-from training.settings import ConfigError, Settings, merge, override, validate
+from training.settings import ConfigError, Settings, merge
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest

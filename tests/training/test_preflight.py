@@ -9,7 +9,8 @@ import pytest
 
 from data.records import DatasetError
 from training import preflight
-from training.settings import ConfigError, Settings, merge, validate
+from training.configure import validate
+from training.settings import ConfigError, Settings, merge
 from training.stage_files import OutputsError
 
 

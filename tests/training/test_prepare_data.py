@@ -12,8 +12,9 @@ from data import prepare as preparing
 from data.prepared import verify
 from data.shards import file_sha256
 from training import attempts, prepare_data, store
+from training.configure import validate
 from training.runner import StageContext, StageOutcome, run_stage
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from models.export import load_model
 from training import pretrain, stage_files, store
+from training.configure import validate
 from training.errors import CheckpointError, DivergedError
 from training.network import build_model
 from training.runner import StageContext, run_stage
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest

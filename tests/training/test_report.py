@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from training import report, store
+from training.configure import build_settings
 from training.figures import BLUE
 from training.report_scores import TITLES
 from training.resumes import note_start
 from training.runner import run_stage
-from training.settings import build_settings
 from training.stages import STAGES
 from training.store import StageResult
 

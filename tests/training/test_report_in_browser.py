@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from training.settings import build_settings
+from training.configure import build_settings
 from training.store import StageResult
 
 BROWSER = next(

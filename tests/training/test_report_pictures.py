@@ -12,11 +12,12 @@ from models.export import load_model
 from tests.training.test_report import Page
 from training import report, report_pictures
 from training.commit import describe_commit
+from training.configure import validate
 from training.hardware import Hardware, decide
 from training.images import open_splits
 from training.report_pictures import Pictures
 from training.run_record import run_directory
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.store import StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]

@@ -4,8 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from training.configure import build_settings, to_yaml, validate
 from training.run_record import RunRecord, note_end, run_name
-from training.settings import Settings, build_settings, merge, to_yaml, validate
+from training.settings import Settings, merge
 from training.store import StageResult
 
 

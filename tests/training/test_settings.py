@@ -2,17 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from training.configure import build_settings, flatten, setting_names, to_yaml, validate
 from training.presets import PRESETS
-from training.settings import (
-    ConfigError,
-    Settings,
-    build_settings,
-    flatten,
-    merge,
-    setting_names,
-    to_yaml,
-    validate,
-)
+from training.settings import ConfigError, Settings, merge
 
 
 def message(*overrides: str, preset: str | None = None) -> str:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from training.settings import ConfigError, Settings, build_settings, setting_names
+from training.configure import build_settings, setting_names
+from training.settings import ConfigError, Settings
 from training.stages import STAGES, plan, stage_named, transfer_data
 
 SHARED = build_settings("drawn")

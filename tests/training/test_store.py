@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from training import store
+from training.configure import validate
 from training.runner import Compute, StageContext, StageOutcome, run_stage
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS, OutputsError
 from training.stages import STAGES
 from training.store import StageRequest, StageResult

@@ -14,9 +14,10 @@ import pytest
 
 from tests.training.standin_wandb import StandInWandb, standin_wandb
 from training import attempts, store, tracking, wandb_process
+from training.configure import validate
 from training.metrics_file import METRICS, MetricsFile, read_metrics
 from training.runner import StageContext, StageOutcome, run_stage
-from training.settings import merge, validate
+from training.settings import merge
 from training.stages import STAGES, plan
 from training.stopping import Stopped, StopRequest
 from training.store import StageRequest, StageResult

@@ -11,12 +11,13 @@ import torch
 from data.loaders import eval_batches
 from models.export import load_model
 from training import finetune, linear_probe, stage_files, store
+from training.configure import validate
 from training.evaluation import evaluate
 from training.hardware import Hardware
 from training.images import open_labelled
 from training.network import build_model
 from training.runner import StageContext, run_stage
-from training.settings import Settings, merge, validate
+from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped, StopRequest
