@@ -21,6 +21,7 @@ from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
 from tasks.download import download
 from tasks.feature_analysis import feature_analysis
+from tasks.features import features
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
 from tasks.linear_probe import linear_probe
@@ -42,6 +43,7 @@ TASKS: dict[str, StageTask] = {
     "prepare_data": prepare_data,
     "prepare_transfer_data": prepare_data.with_options(name="prepare-transfer-data"),
     "pretrain": pretrain,
+    "features": features,
     "linear_probe": linear_probe,
     "finetune_1": finetune.with_options(name="finetune-1"),
     "finetune_2": finetune.with_options(name="finetune-2"),

@@ -12,7 +12,10 @@ from training.stages import STAGES, plan, transfer_data
 from training.store import data_source
 from training.wandb_key import wandb_mode
 
-TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "feature_analysis")
+TRANSFER_STAGES = (
+    *("features", "linear_probe", "finetune_1", "finetune_2"),
+    *("from_scratch", "feature_analysis"),
+)
 """Stages that need labels."""
 
 

@@ -12,6 +12,7 @@ TITLES = {
     "prepare_data": "Prepare data",
     "prepare_transfer_data": "Prepare transfer data",
     "pretrain": "Pretrain",
+    "features": "Features",
     "linear_probe": "Linear probe",
     "finetune_1": "Fine-tune, last block",
     "finetune_2": "Fine-tune, last two blocks",

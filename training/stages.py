@@ -131,10 +131,21 @@ _ALL = (
         trains=True,
     ),
     Stage(
+        name="features",
+        summary="Take the features of every layer of the frozen backbone, and of a random one.",
+        reads=("seed", "hardware.precision", *_SPLITS),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        in_child=True,
+    ),
+    Stage(
         name="linear_probe",
         summary="Train a linear head on the frozen backbone, and on a random one as control.",
         reads=("seed", "linear_probe", *_LABELLED),
-        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        needs=lambda settings: {
+            "start": "pretrain",
+            "features": "features",
+            "data": transfer_data(settings),
+        },
         version=2,
     ),
     Stage(
@@ -168,7 +179,7 @@ _ALL = (
         name="feature_analysis",
         summary="Probe every layer, from the embedding to the last block.",
         reads=("seed", "feature_analysis", "linear_probe", *_LABELLED),
-        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        needs=lambda settings: {"features": "features", "data": transfer_data(settings)},
         version=2,
     ),
     Stage(

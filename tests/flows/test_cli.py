@@ -26,8 +26,8 @@ from training.store import StageResult
 ROTVIT = [sys.executable, "-m", "flows.cli"]
 
 STAGE_COMMANDS = [
-    *("download", "prepare-data", "pretrain", "linear-probe", "finetune-1", "finetune-2"),
-    *("from-scratch", "feature-analysis", "report"),
+    *("download", "prepare-data", "pretrain", "features", "linear-probe"),
+    *("finetune-1", "finetune-2", "from-scratch", "feature-analysis", "report"),
 ]
 
 

@@ -47,13 +47,20 @@ def test_stages_come_after_what_they_need(settings: Settings) -> None:
         ("pretrain", ["prepare_data", "pretrain"], ["prepare_data", "pretrain"]),
         (
             "linear_probe",
-            ["prepare_data", "pretrain", "linear_probe"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "linear_probe"],
+            ["prepare_data", "pretrain", "features", "linear_probe"],
+            ["prepare_data", "prepare_transfer_data", "pretrain", "features", "linear_probe"],
         ),
         (
             "finetune_2",
-            ["prepare_data", "pretrain", "linear_probe", "finetune_2"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "linear_probe", "finetune_2"],
+            ["prepare_data", "pretrain", "features", "linear_probe", "finetune_2"],
+            [
+                "prepare_data",
+                "prepare_transfer_data",
+                "pretrain",
+                "features",
+                "linear_probe",
+                "finetune_2",
+            ],
         ),
         (
             "from_scratch",
@@ -62,8 +69,8 @@ def test_stages_come_after_what_they_need(settings: Settings) -> None:
         ),
         (
             "feature_analysis",
-            ["prepare_data", "pretrain", "feature_analysis"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "feature_analysis"],
+            ["prepare_data", "pretrain", "features", "feature_analysis"],
+            ["prepare_data", "prepare_transfer_data", "pretrain", "features", "feature_analysis"],
         ),
     ],
 )

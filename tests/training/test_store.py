@@ -111,14 +111,14 @@ def test_checkpoints_without_a_result_are_partial_at_the_newest_step(
 def test_a_result_built_on_a_replaced_input_is_missing(
     made: Made, compute: Compute, tmp_path: Path, tiny_settings: Settings
 ) -> None:
-    def probe_on(backbone_digest: str) -> StageRequest:
+    def features_of(backbone_digest: str) -> StageRequest:
         results = {
             "prepare_data": made("prepare_data", tmp_path),
             "pretrain": made("pretrain", tmp_path, digest=backbone_digest),
         }
-        return store.make_request(STAGES["linear_probe"], tiny_settings, tmp_path, results)
+        return store.make_request(STAGES["features"], tiny_settings, tmp_path, results)
 
-    first, second = probe_on("old"), probe_on("new")
+    first, second = features_of("old"), features_of("new")
     assert first.key == second.key, "a backbone's bytes are checked, not part of the key"
     run_stage(first, compute)
     (first.directory / CHECKPOINTS / "step-00000001").mkdir(parents=True)
