@@ -17,7 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from typing import Any
 import torch
 from transformers import ViTForImageClassification
 
+from data.drawn import CLASS_NAMES, draw, label_of
 from data.loaders import eval_batches
+from data.rotation import ROTATION_NAMES
+from models.export import save_model
 from models.vit import eval_mode, to_device
 from training import hardware, prepare_data, store
 from training.configure import build_settings
@@ -35,11 +40,12 @@ from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
 from training.linear_probe import train_probe
 from training.network import build_model
-from training.runner import StageContext, run_stage
+from training.runner import StageContext, StageOutcome, run_stage
 from training.settings import Settings
+from training.stage_files import MODEL
 from training.stages import STAGES
 from training.stopping import StopRequest
-from training.store import StageResult
+from training.store import StageRequest
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def measure(preset: str, case: Case, scratch: Path, *, pairs: int) -> dict[str, 
     settings = build_settings(
         preset,
         overrides=[
-            "data.source=drawn10",
+            f"data.source=folder:{scratch / 'images'}",
             "data.crop_margin=0",
             "transfer.source=none",
             "transfer.labels=none",
@@ -92,34 +98,110 @@ def measure(preset: str, case: Case, scratch: Path, *, pairs: int) -> dict[str, 
             "tracking.wandb=disabled",
         ],
     )
-    context = prepared(settings, scratch)
+    draw_images(scratch / "images", case, side=settings.model.image_size)
+    context = StageContext(request_features(settings, scratch / "outputs"), StopRequest())
+    context.directory.joinpath(FOLDER).mkdir(parents=True)
     images = open_labelled(context.input("data"), settings)
     found = context.hardware()
     model = to_device(build_model(context, images.class_names), found.torch_device)
-    parts: dict[str, list[float]] = {}
-
-    def timed(name: str, work: Callable[[], object]) -> None:
-        started = time.perf_counter()
-        work()
-        if found.device == "cuda":
-            torch.cuda.synchronize()
-        parts.setdefault(name, []).append(time.perf_counter() - started)
-
+    clock, classes = Clock(), len(images.class_names)
     for _ in range(pairs + 1):
-        timed("forward", lambda: forward(model, images, settings, found))
-        timed("features", lambda: take(model, images, context, found))
-        opened = open_features(context.directory, "pretrained", images)
-        features = opened.where_heads_train(found.torch_device)
-        classes = len(images.class_names)
-        timed("probe", lambda: train_probe(features, settings, num_classes=classes))
-        timed("analysis", lambda: score_layers(features, settings, num_classes=classes))
+        with clock.timing("forward"):
+            forward(model, images, settings, found)
+        with clock.timing("features"):
+            take(model, images, context, found)
+        with clock.timing("probe"):
+            opened = open_features(context.directory, "pretrained", images)
+            features = opened.where_heads_train(found.torch_device)
+            train_probe(features, settings, num_classes=classes)
+        with clock.timing("analysis"):
+            score_layers(features, settings, num_classes=classes)
     # The first turn warms up.
-    medians = {name: statistics.median(seconds[1:]) for name, seconds in parts.items()}
-    rounds = zip(*(parts[name][1:] for name in ("features", "probe", "analysis")), strict=True)
-    ratios = [sum(evaluation) / one for evaluation, one in zip(rounds, parts["forward"][1:], strict=True)]
+    turns = list(zip(*(seconds[1:] for seconds in clock.seconds.values()), strict=True))
+    ratios = [(features + probe + analysis) / bare for bare, features, probe, analysis in turns]
     return {
-        **{f"{name}_seconds": value for name, value in medians.items()},
+        **{
+            f"{name}_seconds": statistics.median(seconds[1:])
+            for name, seconds in clock.seconds.items()
+        },
         "ratio": statistics.median(ratios),
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
     }
+
+
+class Clock:
+    """Seconds by the name of what was timed, in turn."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the time of the `with` block."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+
+def forward(
+    model: ViTForImageClassification, images: LabelledImages, settings: Settings, found: Hardware
+) -> None:
+    """Run the network once over all images, as features are taken, and keep nothing."""
+    side, device = settings.model.image_size, found.torch_device
+    for subset in (images.train, images.val, images.test):
+        with eval_mode(model), torch.no_grad():
+            for batch in eval_batches(subset, batch_size=256, side=side, device=device):
+                with found.autocast():
+                    model(batch.images)
+
+
+def take(
+    model: ViTForImageClassification,
+    images: LabelledImages,
+    context: StageContext,
+    found: Hardware,
+) -> None:
+    """Take the features of all images."""
+    for split, subset in (("train", images.train), ("val", images.val), ("test", images.test)):
+        path = context.directory / FOLDER / f"pretrained-{split}.npy"
+        deque(
+            write_features(path, model, subset, settings=context.settings, hardware=found),
+            maxlen=0,
+        )
+
+
+def draw_images(root: Path, case: Case, *, side: int) -> None:
+    """Draw a folder per class, for training and for testing."""
+    for split, count in (("train", case.train), ("test", case.test)):
+        for index in range(count):
+            folder = root / split / CLASS_NAMES[label_of(index)]
+            folder.mkdir(parents=True, exist_ok=True)
+            draw(index, split, side).save(folder / f"{index:05d}.png", compress_level=1)
+
+
+def request_features(settings: Settings, outputs: Path) -> StageRequest:
+    """Prepare the images and ask for the features of an untrained network."""
+    prepare = store.make_request(STAGES["prepare_data"], settings, outputs, {})
+    results = {"prepare_data": run_stage(prepare, prepare_data.compute)}
+    pretrain = store.make_request(STAGES["pretrain"], settings, outputs, results)
+    results["pretrain"] = run_stage(pretrain, keep_untrained)
+    return store.make_request(STAGES["features"], settings, outputs, results)
+
+
+def keep_untrained(context: StageContext) -> StageOutcome:
+    """Stand in for pretraining: what evaluation costs does not depend on the weights."""
+    settings = context.settings
+    save_model(
+        build_model(context, ROTATION_NAMES),
+        context.directory / MODEL,
+        image_size=settings.model.image_size,
+        prepared_size=settings.prepared_size,
+    )
+    return StageOutcome(scores={}, made=[MODEL])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
