@@ -1,10 +1,10 @@
 """Batches in an order that is a function of (seed, epoch), and so can be resumed anywhere.
 
 Dimension key: B = images in the batch, S = side of the crop, P = side of the prepared images, in
-pixels.
+pixels, T = tokens of an image, D = their width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from data.randomness import order_by, uniform
 from data.records import DatasetError
 from data.splits import Subset
+from data.tokens import Tokens
 from data.transforms import crop, flip, normalise
 
 
@@ -24,7 +25,8 @@ class Batch:
     """Images ready for the network."""
 
     images: Tensor
-    """`(B, 3, S, S)`, float32 in [-1, 1], on the device."""
+    """`(B, 3, S, S)`, float32 in [-1, 1], on the device; or of images that have been through the
+    lower blocks already what these made of them, `(B, T, D)`, float32."""
     labels: Tensor | None
     """`(B,)`, int64, on the device; None if the images have no labels."""
     ids: NDArray[np.int64]
@@ -81,13 +83,8 @@ class Batches:
         Raises:
             DatasetError: If the images fill no batch or are smaller than the crop.
         """
-        if len(subset) < batch_size:
-            raise DatasetError(
-                f"There must be at least one batch of training images: batch_size is {batch_size}, "
-                f"and there are {len(subset)}. Lower batch_size or use more images."
-            )
+        self.steps_per_epoch = _steps_per_epoch(subset, batch_size)
         _check_side(subset, side)
-        self.steps_per_epoch = len(subset) // batch_size
         self._subset, self._batch_size, self._side = subset, batch_size, side
         self._flip, self._seed, self._device = flip, seed, device
 
@@ -103,10 +100,8 @@ class Batches:
         Yields:
             `steps_per_epoch - start_step` batches.
         """
-        order = epoch_order(len(self._subset), self._seed, epoch)
-        steps = range(start_step, self.steps_per_epoch)
-        groups = [order[s * self._batch_size : (s + 1) * self._batch_size] for s in steps]
-        for positions, pixels in _read_ahead(self._subset, groups, self._device):
+        groups = _epoch_groups(len(self._subset), self._batch_size, self._seed, epoch, start_step)
+        for positions, pixels in _pixels(self._subset, groups, self._device):
             ids = self._subset.indices[positions]
             images = self._augment(pixels, ids, epoch)
             yield Batch(
@@ -148,29 +143,96 @@ def eval_batches(
     """
     _check_side(subset, side)
     first = (subset.split.side - side) // 2
-    order = np.arange(len(subset), dtype=np.int64)
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for positions, pixels in _read_ahead(subset, groups, device):
+    for positions, pixels in _pixels(subset, _groups_in_order(len(subset), batch_size), device):
         images = pixels[:, :, first : first + side, first : first + side]
         labels = _labels(subset, positions, device)
         yield Batch(normalise(images), labels, subset.indices[positions], epoch=0)
 
 
-def _read_ahead(
+class TokenBatches:
+    """Training batches of kept tokens: of the same images in the same order as `Batches`."""
+
+    def __init__(self, tokens: Tokens, *, batch_size: int, seed: int, device: torch.device) -> None:
+        """Check that batches can be made.
+
+        Args:
+            tokens: Of the training images.
+            batch_size: Images per batch; see `Batches`.
+            seed: Base seed of the order.
+            device: Where the batches go; bfloat16 is sent there and widened there.
+
+        Raises:
+            DatasetError: If the images fill no batch.
+        """
+        self.steps_per_epoch = _steps_per_epoch(tokens.subset, batch_size)
+        self._tokens, self._batch_size, self._seed = tokens, batch_size, seed
+        self._device = device
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from step `start_step`; see `Batches.epoch`."""
+        count = len(self._tokens.subset)
+        groups = _epoch_groups(count, self._batch_size, self._seed, epoch, start_step)
+        yield from _token_batches(self._tokens, groups, self._device, epoch)
+
+
+def token_eval_batches(tokens: Tokens, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the tokens of every image exactly once, in order; see `eval_batches`."""
+    groups = _groups_in_order(len(tokens.subset), batch_size)
+    yield from _token_batches(tokens, groups, device, epoch=0)
+
+
+def _token_batches(
+    tokens: Tokens, groups: Sequence[NDArray[np.int64]], device: torch.device, epoch: int
+) -> Iterator[Batch]:
+    subset = tokens.subset
+    for positions, rows in _read_ahead(tokens.gather, groups, device):
+        labels = _labels(subset, positions, device)
+        yield Batch(rows.float(), labels, subset.indices[positions], epoch)
+
+
+def _epoch_groups(
+    count: int, batch_size: int, seed: int, epoch: int, start_step: int
+) -> list[NDArray[np.int64]]:
+    """Return the positions of each batch of an epoch, from a step on; whole batches only."""
+    order = epoch_order(count, seed, epoch)
+    steps = range(start_step, count // batch_size)
+    return [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+
+
+def _groups_in_order(count: int, batch_size: int) -> list[NDArray[np.int64]]:
+    order = np.arange(count, dtype=np.int64)
+    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def _pixels(
     subset: Subset, groups: Sequence[NDArray[np.int64]], device: torch.device
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Yield `(B, 3, P, P)` uint8 on the device; a thread reads the next batch meanwhile."""
+    """Yield positions and their images, `(B, 3, P, P)`, uint8, on the device."""
+
+    def gather(positions: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(subset.gather(positions))
+
+    for positions, pixels in _read_ahead(gather, groups, device):
+        yield positions, pixels.permute(0, 3, 1, 2)
+
+
+def _read_ahead(
+    gather: Callable[[NDArray[np.int64]], Tensor],
+    groups: Sequence[NDArray[np.int64]],
+    device: torch.device,
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Yield what was gathered, on the device; a thread reads the next batch meanwhile."""
 
     def read(positions: NDArray[np.int64]) -> Tensor:
-        pixels = torch.from_numpy(subset.gather(positions))
-        return pixels.pin_memory() if device.type == "cuda" else pixels
+        rows = gather(positions)
+        return rows.pin_memory() if device.type == "cuda" else rows
 
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         waiting = [pool.submit(read, positions) for positions in groups[:1]]
         for number, positions in enumerate(groups):
-            pixels = waiting.pop().result()
+            rows = waiting.pop().result()
             waiting = [pool.submit(read, following) for following in groups[number + 1 :][:1]]
-            yield positions, pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+            yield positions, rows.to(device, non_blocking=True)
 
 
 def _labels(subset: Subset, positions: NDArray[np.int64], device: torch.device) -> Tensor | None:
@@ -178,6 +240,15 @@ def _labels(subset: Subset, positions: NDArray[np.int64], device: torch.device) 
     if labels is None:
         return None
     return torch.from_numpy(labels[subset.indices[positions]]).to(device, non_blocking=True)
+
+
+def _steps_per_epoch(subset: Subset, batch_size: int) -> int:
+    if len(subset) < batch_size:
+        raise DatasetError(
+            f"There must be at least one batch of training images: batch_size is {batch_size}, "
+            f"and there are {len(subset)}. Lower batch_size or use more images."
+        )
+    return len(subset) // batch_size
 
 
 def _check_side(subset: Subset, side: int) -> None:

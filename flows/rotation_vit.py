@@ -24,6 +24,7 @@ from tasks.feature_analysis import feature_analysis
 from tasks.features import features
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
+from tasks.frozen_tokens import frozen_tokens
 from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
@@ -45,6 +46,7 @@ TASKS: dict[str, StageTask] = {
     "pretrain": pretrain,
     "features": features,
     "linear_probe": linear_probe,
+    "frozen_tokens": frozen_tokens,
     "finetune_1": finetune.with_options(name="finetune-1"),
     "finetune_2": finetune.with_options(name="finetune-2"),
     "from_scratch": from_scratch,

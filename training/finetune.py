@@ -2,25 +2,29 @@
 
 Both start from the probed backbone, so that they compare; `finetune.start_from=previous` chains
 them instead. The last norm, which stands between the last block and the head, is trained too.
+Where the stage `frozen_tokens` has kept what the other blocks make of the images, only what is
+trained is computed.
 """
 
 from models.freezing import train_head_and_last_blocks
 from training import runner
+from training.frozen_tokens import open_tokens
 from training.images import open_labelled
 from training.network import load_start
 from training.runner import StageContext, StageOutcome
+from training.stages import TRAINED_BLOCKS
 from training.supervised import train_classifier
-
-BLOCKS = {"finetune_1": 1, "finetune_2": 2}
-"""Last blocks that are trained, by stage."""
 
 
 def compute(context: StageContext) -> StageOutcome:
     """Fine-tune the model that the stage starts from."""
     model = load_start(context)
-    train_head_and_last_blocks(model, BLOCKS[context.request.stage])
+    blocks = TRAINED_BLOCKS[context.request.stage]
+    train_head_and_last_blocks(model, blocks)
     images = open_labelled(context.input("data"), context.settings)
-    return train_classifier(context, model, images, section="finetune")
+    there = "tokens" in context.request.inputs
+    tokens = open_tokens(context.input("tokens"), images, blocks) if there else None
+    return train_classifier(context, model, images, section="finetune", tokens=tokens)
 
 
 if __name__ == "__main__":

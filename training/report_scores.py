@@ -14,6 +14,7 @@ TITLES = {
     "pretrain": "Pretrain",
     "features": "Features",
     "linear_probe": "Linear probe",
+    "frozen_tokens": "Frozen tokens",
     "finetune_1": "Fine-tune, last block",
     "finetune_2": "Fine-tune, last two blocks",
     "from_scratch": "From scratch",

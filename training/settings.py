@@ -246,6 +246,11 @@ class HardwareSettings(Section):
     compile: bool = False
     """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
     passes over memory afterwards, and other last bits."""
+    frozen_tokens: Literal["auto", "always", "never"] = "auto"
+    """Compute only once what the blocks that fine-tuning leaves alone make of the labelled images,
+    and keep it on disk as bfloat16. For images that are the same in every epoch
+    (`finetune.flip=false` and `data.crop_margin=0`): auto does it there if what is kept takes at
+    most 16 GiB and half of the free disk, always does it whatever the size."""
     threads: PositiveInt | None = None
     """CPU threads of the computation; none takes the processors that this process may use."""
 
@@ -296,6 +301,23 @@ class Settings(Section):
                 + nearest(str(name), PRESETS)
             )
         return merge(PRESETS[name].values, given)
+
+    @model_validator(mode="after")
+    def _frozen_tokens_are_of_use(self) -> Self:
+        if self.hardware.frozen_tokens == "always" and not self.uses_frozen_tokens:
+            raise ValueError(
+                "hardware.frozen_tokens=always needs images that are the same in every epoch, got "
+                f"finetune.flip={str(self.finetune.flip).lower()} and "
+                f"data.crop_margin={self.data.crop_margin:g}. Set finetune.flip=false and "
+                "data.crop_margin=0, or hardware.frozen_tokens=auto."
+            )
+        return self
+
+    @property
+    def uses_frozen_tokens(self) -> bool:
+        """Whether fine-tuning reads what frozen blocks made of the images, unless too large."""
+        augments = self.finetune.flip or self.prepared_size > self.model.image_size
+        return self.hardware.frozen_tokens != "never" and not augments
 
     @property
     def prepared_size(self) -> int:

@@ -19,6 +19,9 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+KEEP_TOKENS = "keep_tokens.json"
+"""Whether a stage keeps what frozen blocks make of its images, decided by its first attempt."""
+
 TRACKING = "wandb"
 """Folder of what is on its way to W&B, below a stage's directory; no part of its result."""
 

@@ -15,6 +15,9 @@ _SPLITS = ("data.val_fraction", "data.test_fraction", "data.split_seed")
 _LABELLED = ("transfer.labels", *_SPLITS)
 _ARITHMETIC = ("hardware.precision", "hardware.compile")
 
+TRAINED_BLOCKS = {"finetune_1": 1, "finetune_2": 2}
+"""Blocks that a fine-tuning trains, counted from the head, by stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -70,18 +73,22 @@ def _needs_download(
     return needs
 
 
+def _needs_finetune(settings: "Settings", start: str = "linear_probe") -> dict[str, str]:
+    needs = {"start": start, "data": transfer_data(settings)}
+    return {**needs, "tokens": "frozen_tokens"} if settings.uses_frozen_tokens else needs
+
+
 def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
     previous = settings.finetune.start_from == "previous"
-    return {
-        "start": "finetune_1" if previous else "linear_probe",
-        "data": transfer_data(settings),
-    }
+    return _needs_finetune(settings, "finetune_1" if previous else "linear_probe")
 
 
 def _needs_report(settings: "Settings") -> dict[str, str]:
     names = [name for name in STAGES if name != "report"]
     if settings.transfer_is_pretrain_data:
         names.remove("prepare_transfer_data")
+    if not settings.uses_frozen_tokens:
+        names.remove("frozen_tokens")
     data = [name for name in names if name.startswith("prepare")]
     downloads = {stage for name in data for stage in STAGES[name].needs(settings).values()}
     return {name: name for name in names if not name.startswith("download") or name in downloads}
@@ -149,10 +156,18 @@ _ALL = (
         version=2,
     ),
     Stage(
+        name="frozen_tokens",
+        summary="Compute once what the frozen blocks make of the labelled images, to fine-tune.",
+        # Nothing of the fine-tuning and no seed, so that both and all of theirs share it.
+        reads=("hardware.precision", "hardware.frozen_tokens", *_LABELLED),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        in_child=True,
+    ),
+    Stage(
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
-        needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
+        needs=_needs_finetune,
         in_child=True,
         trains=True,
         module="finetune",

@@ -1,20 +1,39 @@
 """Training a classifier on labelled images: fine-tuning and the from-scratch baseline."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTForImageClassification
 
-from data.loaders import Batch, Batches, eval_batches
-from data.splits import Subset
+from data.loaders import Batch, Batches, TokenBatches, eval_batches, token_eval_batches
+from data.tokens import Tokens
+from models.boundary import LastBlocks
 from models.export import save_model
 from models.vit import to_device
 from training import loop
-from training.evaluation import Score, evaluate
+from training.evaluation import evaluate
 from training.images import LabelledImages
 from training.runner import StageContext, StageOutcome
 from training.settings import FinetuneSettings, FromScratchSettings
+
+
+@dataclass(frozen=True)
+class FrozenTokens:
+    """What frozen blocks made of the images to train and to choose on.
+
+    Attributes:
+        blocks: How many blocks, counted from the head, there are above them.
+        train: Of the labelled images.
+        val: Of the validation images.
+    """
+
+    blocks: int
+    train: Tokens
+    val: Tokens
 
 
 def train_classifier(
@@ -22,29 +41,46 @@ def train_classifier(
     model: ViTForImageClassification,
     images: LabelledImages,
     section: Literal["finetune", "from_scratch"],
+    tokens: FrozenTokens | None = None,
 ) -> StageOutcome:
     """Train what is trainable in `model`, keep the best epoch on val, score it on test once.
+
+    Where there are tokens, steps and choices are made from them, in the same order and with the
+    same labels; they differ from a pass through the whole network by their rounding to bfloat16.
+    The test score is always that of the whole network on images: of the model that is saved.
 
     Args:
         context: Of the stage; its directory receives checkpoints, metrics and `model/`.
         model: On the CPU; parameters that require a gradient are trained.
         images: Labelled images.
         section: Name of the recipe among the settings: epochs, batch size, rates, patience.
+        tokens: Of the same images; nothing below them may be trained.
     """
     settings, hardware = context.settings, context.hardware()
     recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
     device, side = hardware.torch_device, settings.model.image_size
     to_device(model, device)
-    batches = Batches(
-        images.train,
-        batch_size=recipe.batch_size,
-        side=side,
-        flip=recipe.flip,
-        seed=settings.seed,
-        device=device,
-    )
-
-    forward = hardware.for_training(model)
+    network: nn.Module
+    batches: Batches | TokenBatches
+    val_batches: Callable[[], Iterable[Batch]]
+    if tokens:
+        network = LastBlocks(model, tokens.blocks)
+        batches = TokenBatches(
+            tokens.train, batch_size=recipe.batch_size, seed=settings.seed, device=device
+        )
+        val_batches = partial(token_eval_batches, tokens.val, recipe.batch_size, device)
+    else:
+        network = model
+        batches = Batches(
+            images.train,
+            batch_size=recipe.batch_size,
+            side=side,
+            flip=recipe.flip,
+            seed=settings.seed,
+            device=device,
+        )
+        val_batches = partial(eval_batches, images.val, recipe.batch_size, side, device)
+    forward = hardware.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
@@ -52,16 +88,8 @@ def train_classifier(
             logits = forward(batch.images).logits
         return functional.cross_entropy(logits.float(), batch.labels)
 
-    def score(subset: Subset) -> Score:
-        return evaluate(
-            model,
-            eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device),
-            hardware=hardware,
-            stop=context.stop,
-        )
-
     def evaluate_on_val() -> dict[str, float]:
-        found = score(images.val)
+        found = evaluate(network, val_batches(), hardware=hardware, stop=context.stop)
         return {"val/loss": found.loss, "val/top1": found.accuracy}
 
     state = loop.train(
@@ -80,7 +108,12 @@ def train_classifier(
         ),
         seed=settings.seed,
     )
-    test = score(images.test)
+    test = evaluate(
+        model,
+        eval_batches(images.test, recipe.batch_size, side, device),
+        hardware=hardware,
+        stop=context.stop,
+    )
     save_model(
         model, context.directory / "model", image_size=side, prepared_size=settings.prepared_size
     )

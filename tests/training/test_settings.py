@@ -132,6 +132,18 @@ def test_a_width_that_heads_do_not_share_evenly_is_refused_with_one_that_works()
     build_settings(overrides=["model.embed_dim=99", "model.num_heads=3"])
 
 
+def test_frozen_tokens_of_images_that_change_are_refused_with_what_to_set() -> None:
+    found = message("hardware.frozen_tokens=always", "preset=imagenette", "finetune.flip=false")
+    assert "hardware.frozen_tokens=always needs images that are the same in every epoch" in found
+    assert "got finetune.flip=false and data.crop_margin=0.125" in found
+    build_settings(
+        overrides=[
+            *("preset=imagenette", "hardware.frozen_tokens=always"),
+            *("finetune.flip=false", "data.crop_margin=0"),
+        ]
+    )
+
+
 def test_an_absurd_size_is_refused_like_any_other() -> None:
     assert "model.image_size must be a multiple" in message(f"model.image_size={'1' * 400}")
 
