@@ -1,4 +1,4 @@
-"""Frozen tokens: what the blocks that fine-tuning leaves alone make of the labelled images, once.
+"""Frozen tokens: what the blocks that fine-tuning leaves alone say of the labelled images, once.
 
 Where nothing is augmented an image gives the same tokens in every epoch of both fine-tunings, so
 they are computed here and read from disk there (`Settings.uses_frozen_tokens`). They are kept as
