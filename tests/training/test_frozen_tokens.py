@@ -12,6 +12,7 @@ import torch
 from data.loaders import eval_batches, token_eval_batches
 from models.boundary import LastBlocks, tokens_below
 from models.export import load_model
+from models.vit import eval_mode
 from training import finetune, frozen_tokens, stage_files, store, supervised
 from training.configure import validate
 from training.frozen_tokens import FOLDER, open_tokens
@@ -62,7 +63,7 @@ def both(
             results |= run_stages(chosen, outputs, stage)
         found.append(results)
     images = open_labelled(found[0]["prepare_data"].directory, settings)
-    return Both(outputs, settings, *found, images)
+    return Both(outputs, settings, kept=found[0], off=found[1], images=images)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_chained_fine_tuning_goes_that_way_too(
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_network_says_the_same_from_tokens_as_from_images(both: Both, blocks: int) -> None:
     """Rounding tokens once changes less than training in bfloat16, which rounds every product."""
-    model = load_model(both.kept["linear_probe"].directory / "model").eval()
+    model = load_model(both.kept["linear_probe"].directory / "model")
     tokens = open_tokens(both.kept["frozen_tokens"].directory, both.images, blocks)
     assert tokens is not None
     upper, cpu = LastBlocks(model, blocks), torch.device("cpu")
@@ -135,7 +136,7 @@ def test_the_network_says_the_same_from_tokens_as_from_images(both: Both, blocks
         (of_images,) = eval_batches(subset, 99, 16, cpu)
         (exact,) = tokens_below(model, of_images.images, [blocks])
         assert torch.equal(of_tokens.images, exact.bfloat16().float())
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             found, whole = upper(of_tokens.images).logits, model(of_images.images).logits
             with torch.autocast("cpu", torch.bfloat16):
                 trained_so = model(of_images.images).logits.float()
@@ -157,8 +158,9 @@ def test_no_image_is_read_to_train_or_to_choose_and_the_score_is_that_of_the_sav
     result = run_stage(request, finetune.compute)
     assert [len(subset) for subset in read] == [21]
     (batch,) = eval_batches(both.images.test, 99, 16, torch.device("cpu"))
-    with torch.no_grad():
-        logits = load_model(result.directory / "model").eval()(batch.images).logits
+    model = load_model(result.directory / "model")
+    with torch.no_grad(), eval_mode(model):
+        logits = model(batch.images).logits
     assert int((logits.argmax(dim=1) == batch.labels).sum()) == result.scores["correct"]
     assert weights_sha(result) == weights_sha(both.kept["finetune_1"])
 
@@ -208,7 +210,7 @@ def test_the_size_decides_once_per_key(
 def set_sizes(monkeypatch: pytest.MonkeyPatch, *, most: int, free: int) -> None:
     monkeypatch.setattr(frozen_tokens, "MOST_BYTES", most)
     usage = shutil.disk_usage("/")._replace(free=free)
-    monkeypatch.setattr(frozen_tokens.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
 def test_tokens_too_large_to_keep_leave_fine_tuning_as_it_is_without(
