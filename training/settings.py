@@ -59,6 +59,15 @@ class ModelSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability after embeddings, attention and MLP."""
 
+    @property
+    def operations_per_image(self) -> float:
+        """Floating-point operations of one image's forward pass: its products of matrices."""
+        patches, width = (self.image_size // self.patch_size) ** 2, self.embed_dim
+        tokens = patches + 1
+        embedding = patches * 3 * self.patch_size**2 * width
+        block = tokens * (4 + 2 * self.mlp_ratio) * width**2 + 2 * tokens**2 * width
+        return 2 * (embedding + self.depth * block)  # a product and a sum for each weight
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         if self.image_size % self.patch_size:
@@ -122,6 +131,10 @@ class RecipeSettings(Section):
     """Largest norm of the whole gradient; none switches clipping off."""
     flip: bool = True
     """Mirror images left-right at random, before any rotation."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Smallest part of the prepared image's area that is shown: squares of random area, up to the
+    whole, at random places, are resized to the input size on the device. Common for photos: 0.08 to
+    0.35. None shows crops of the input size, unresized."""
     accumulation_steps: PositiveInt = 1
     """Parts that each step's batch is computed in, one after the other, before one update: the
     same samples per step in less memory. Must divide `batch_size`."""
@@ -243,9 +256,14 @@ class HardwareSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of forward and backward passes; weights and optimiser state stay float32. Auto takes
     bfloat16 where the hardware computes in it and the network is wide enough to profit."""
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
     """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
-    passes over memory afterwards, and other last bits."""
+    passes over memory afterwards, and other last bits. Auto does so on a GPU, where the training is
+    long enough to pay for it and what compiling needs is here."""
+    data_on_device: Literal["auto", True, False] = "auto"
+    """Whether training images stay on the GPU once they were sent there, as bytes, so that later
+    epochs read nothing from the host. Auto does so where they take little of the GPU's free memory.
+    Cannot change results."""
     threads: PositiveInt | None = None
     """CPU threads of the computation; none takes the processors that this process may use."""
 

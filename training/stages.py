@@ -16,6 +16,13 @@ _LABELLED = ("transfer.labels", *_SPLITS)
 _ARITHMETIC = ("hardware.precision", "hardware.compile")
 
 
+SAID_BEFORE: Mapping[str, Mapping[str | bool, str | bool]] = {
+    "hardware.compile": {"auto": False, False: "off"},
+}
+"""What keys are made of in the place of some values: what a default was called before there was a
+choice, so that results from then, whose hardware is stored with them, stay valid."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage, declared.
@@ -24,8 +31,8 @@ class Stage:
         name: Stem of its module and files.
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
-        reads_where_set: Names of settings that came later and are read only where they are on, so
-            that results from before they came stay valid.
+        reads_where_set: Names of settings, also within what it reads, that came later and are read
+            only where they are on, so that results from before they came stay valid.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
@@ -124,7 +131,7 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        reads_where_set=("data.leave_out_test_copies",),
+        reads_where_set=("data.leave_out_test_copies", "pretrain.crop_scale"),
         needs=_needs_pretrain,
         version=2,
         in_child=True,
@@ -141,6 +148,7 @@ _ALL = (
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.crop_scale",),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         in_child=True,
         trains=True,
@@ -150,6 +158,7 @@ _ALL = (
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.crop_scale",),
         needs=_needs_finetune_2,
         in_child=True,
         trains=True,
@@ -159,6 +168,7 @@ _ALL = (
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("from_scratch.crop_scale",),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
         in_child=True,

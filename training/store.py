@@ -25,7 +25,7 @@ from training.stage_files import (
     sha256_of,
     sync_path,
 )
-from training.stages import Stage
+from training.stages import SAID_BEFORE, Stage
 
 TRANSFER_DATA = ("download_transfer", "prepare_transfer_data")
 """Stages for labelled images that come from elsewhere."""
@@ -223,10 +223,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
     values = dict(flatten(settings.model_dump(mode="json")))
     return {
-        name: value
+        name: SAID_BEFORE[name].get(value, value) if name in SAID_BEFORE else value
         for name, value in values.items()
-        if any(name == read or name.startswith(f"{read}.") for read in stage.reads)
-        or (value and name in stage.reads_where_set)
+        if (
+            value
+            if name in stage.reads_where_set
+            else any(name == read or name.startswith(f"{read}.") for read in stage.reads)
+        )
     }
 
 

@@ -12,6 +12,7 @@ from models.export import save_model
 from models.vit import to_device
 from training import loop
 from training.evaluation import Score, evaluate
+from training.hardware import keeps_images
 from training.images import LabelledImages
 from training.runner import StageContext, StageOutcome
 from training.settings import FinetuneSettings, FromScratchSettings
@@ -31,8 +32,12 @@ def train_classifier(
         images: Labelled images.
         section: Name of the recipe among the settings: epochs, batch size, rates, patience.
     """
-    settings, hardware = context.settings, context.hardware()
+    settings = context.settings
     recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, is_trained in parameters if is_trained)
+    backward = trained / sum(size for size, _ in parameters) * (loop.PASSES_PER_STEP - 1)
+    hardware = context.hardware(passes=recipe.epochs * len(images.train) * (1 + backward))
     device, side = hardware.torch_device, settings.model.image_size
     to_device(model, device)
     batches = Batches(
@@ -42,9 +47,11 @@ def train_classifier(
         flip=recipe.flip,
         seed=settings.seed,
         device=device,
+        crop_scale=recipe.crop_scale,
+        keep_on_device=keeps_images(settings.hardware, device, images=images.train),
     )
 
-    forward = hardware.for_training(model)
+    forward = hardware.for_training(model, cache=context.compile_cache)
 
     def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
