@@ -29,6 +29,7 @@ from transformers import ViTForImageClassification
 
 from data.drawn import CLASS_NAMES, draw, label_of
 from data.loaders import eval_batches
+from data.records import Split
 from data.rotation import ROTATION_NAMES
 from models.export import save_model
 from models.vit import eval_mode, to_device
@@ -175,7 +176,8 @@ def take(
 
 def draw_images(root: Path, case: Case, *, side: int) -> None:
     """Draw a folder per class, for training and for testing."""
-    for split, count in (("train", case.train), ("test", case.test)):
+    counts: dict[Split, int] = {"train": case.train, "test": case.test}
+    for split, count in counts.items():
         for index in range(count):
             folder = root / split / CLASS_NAMES[label_of(index)]
             folder.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,6 @@ from training.configure import build_settings
 from training.network import build_model
 from training.progress import Progress
 from training.runner import StageContext, run_stage
-from training.settings import Settings
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest
@@ -157,7 +156,7 @@ def _bare_step(context: StageContext) -> Callable[[], None]:
     samples, side = settings.pretrain.samples_per_step, settings.model.image_size
     images = torch.rand(samples, 3, side, side, device=device) * 2 - 1
     turns = torch.arange(samples, device=device) % NUM_ROTATIONS
-    forward = context.hardware().for_training(model)
+    forward = context.hardware().for_training(model, cache=context.compile_cache)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -172,12 +171,9 @@ def _bare_step(context: StageContext) -> Callable[[], None]:
 
 def _request(preset: str, case: Case, scratch: Path) -> StageRequest:
     images = scratch / "images"
-    images.mkdir()
     # One epoch of as many steps as are measured: none of them is an evaluation.
     needed = int(1.2 * case.images_per_step * case.block * (case.blocks + 1)) + 20
-    base: Settings = build_settings(preset)
-    for index in range(needed):
-        draw(index, "train", base.model.image_size).save(images / f"{index:05d}.png")
+    draw_files(images, needed, build_settings(preset).model.image_size)
     settings = build_settings(
         preset,
         overrides=[
@@ -195,6 +191,24 @@ def _request(preset: str, case: Case, scratch: Path) -> StageRequest:
     prepare = store.make_request(STAGES["prepare_data"], settings, outputs, {})
     results = {"prepare_data": run_stage(prepare, prepare_data.compute)}
     return store.make_request(STAGES["pretrain"], settings, outputs, results)
+
+
+def draw_files(folder: Path, count: int, side: int, distinct: int | None = None) -> None:
+    """Fill a new folder with drawn things.
+
+    Args:
+        folder: Made here.
+        count: Number of files.
+        side: Height and width of the pictures, in pixels.
+        distinct: How many different ones there are; the others are links to them. None for all.
+    """
+    folder.mkdir()
+    for index in range(count):
+        path = folder / f"{index:05d}.png"
+        if distinct is None or index < distinct:
+            draw(index, "train", side).save(path)
+        else:
+            path.hardlink_to(folder / f"{index % distinct:05d}.png")
 
 
 def _wait_for_device() -> None:

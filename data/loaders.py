@@ -4,8 +4,7 @@ Dimension key: B = images in the batch, S = side of the crop, P = side of the pr
 pixels, T = tokens of an image, D = their width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.randomness import order_by, uniform
+from data.reading import Resident, read_ahead, send
 from data.records import DatasetError
 from data.splits import Subset
 from data.tokens import Tokens
-from data.transforms import crop, flip, normalise
+from data.transforms import crop, flip, normalise, resized_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ class Batches:
         flip: bool,
         seed: int,
         device: torch.device,
+        crop_scale: float | None = None,
+        keep_on_device: bool = False,
     ) -> None:
         """Check that batches can be made.
 
@@ -79,6 +81,10 @@ class Batches:
             flip: Mirror each image with probability one half.
             seed: Base seed of order, crops and mirroring.
             device: Where the batches go; bytes are sent there and expanded there.
+            crop_scale: Smallest part of the prepared image's area, in (0, 1], that a crop of random
+                place and size takes, which is then resized to `side`; none for crops of `side`.
+            keep_on_device: Whether images stay on the device once they were there, so that they
+                are read from the host in the first epoch only. The batches are the same.
 
         Raises:
             DatasetError: If the images fill no batch or are smaller than the crop.
@@ -87,6 +93,8 @@ class Batches:
         _check_side(subset, side)
         self._subset, self._batch_size, self._side = subset, batch_size, side
         self._flip, self._seed, self._device = flip, seed, device
+        self._crop_scale = crop_scale
+        self._resident = Resident(subset, device) if keep_on_device else None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, from step `start_step`.
@@ -101,27 +109,34 @@ class Batches:
             `steps_per_epoch - start_step` batches.
         """
         groups = _epoch_groups(len(self._subset), self._batch_size, self._seed, epoch, start_step)
-        for positions, pixels in _pixels(self._subset, groups, self._device):
+        for positions, pixels in _pixels(self._subset, groups, self._device, self._resident):
             ids = self._subset.indices[positions]
             images = self._augment(pixels, ids, epoch)
-            yield Batch(
-                normalise(images), _labels(self._subset, positions, self._device), ids, epoch
-            )
+            yield Batch(images, _labels(self._subset, positions, self._device), ids, epoch)
 
-    def _augment(self, images: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
-        spare = images.shape[-1] - self._side
-        if spare:
-            tops, lefts = (
-                (uniform(self._seed, epoch, ids, stream) * (spare + 1)).astype(np.int64)
-                for stream in ("crop top", "crop left")
-            )
-            images = crop(images, self._send(tops), self._send(lefts), self._side)
+    def _augment(self, pixels: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
+        """Return `(B, 3, S, S)`, float32 in [-1, 1], from `(B, 3, P, P)`, uint8."""
+        size = pixels.shape[-1]
+        if self._crop_scale is None and size > self._side:
+            tops, lefts = self._places(size - self._side, ids, epoch)
+            pixels = crop(pixels, tops, lefts, self._side)
         if self._flip:
-            images = flip(images, self._send(uniform(self._seed, epoch, ids, "flip") < 0.5))
+            mirrored = uniform(self._seed, epoch, ids, "flip") < 0.5
+            pixels = flip(pixels, send(mirrored, self._device))
+        images = normalise(pixels)
+        if self._crop_scale is not None:
+            area = 1 - (1 - self._crop_scale) * uniform(self._seed, epoch, ids, "crop scale")
+            sides = (size * np.sqrt(area)).round().clip(1).astype(np.int64)
+            tops, lefts = self._places(size - sides, ids, epoch)
+            images = resized_crop(images, tops, lefts, send(sides, self._device), self._side)
         return images
 
-    def _send(self, values: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def _places(
+        self, spare: int | NDArray[np.int64], ids: NDArray[np.int64], epoch: int
+    ) -> list[Tensor]:
+        """Return first rows and first columns of crops, from 0 to `spare`."""
+        chance = (uniform(self._seed, epoch, ids, stream) for stream in ("crop top", "crop left"))
+        return [send((part * (spare + 1)).astype(np.int64), self._device) for part in chance]
 
 
 def eval_batches(
@@ -185,7 +200,7 @@ def _token_batches(
     tokens: Tokens, groups: Sequence[NDArray[np.int64]], device: torch.device, epoch: int
 ) -> Iterator[Batch]:
     subset = tokens.subset
-    for positions, rows in _read_ahead(tokens.gather, groups, device):
+    for positions, rows in read_ahead(tokens.gather, groups, device):
         labels = _labels(subset, positions, device)
         yield Batch(rows.float(), labels, subset.indices[positions], epoch)
 
@@ -205,41 +220,23 @@ def _groups_in_order(count: int, batch_size: int) -> list[NDArray[np.int64]]:
 
 
 def _pixels(
-    subset: Subset, groups: Sequence[NDArray[np.int64]], device: torch.device
+    subset: Subset,
+    groups: Sequence[NDArray[np.int64]],
+    device: torch.device,
+    resident: Resident | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield positions and their images, `(B, 3, P, P)`, uint8, on the device."""
 
     def gather(positions: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(subset.gather(positions))
 
-    for positions, pixels in _read_ahead(gather, groups, device):
+    for positions, pixels in read_ahead(gather, groups, device, resident):
         yield positions, pixels.permute(0, 3, 1, 2)
-
-
-def _read_ahead(
-    gather: Callable[[NDArray[np.int64]], Tensor],
-    groups: Sequence[NDArray[np.int64]],
-    device: torch.device,
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Yield what was gathered, on the device; a thread reads the next batch meanwhile."""
-
-    def read(positions: NDArray[np.int64]) -> Tensor:
-        rows = gather(positions)
-        return rows.pin_memory() if device.type == "cuda" else rows
-
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        waiting = [pool.submit(read, positions) for positions in groups[:1]]
-        for number, positions in enumerate(groups):
-            rows = waiting.pop().result()
-            waiting = [pool.submit(read, following) for following in groups[number + 1 :][:1]]
-            yield positions, rows.to(device, non_blocking=True)
 
 
 def _labels(subset: Subset, positions: NDArray[np.int64], device: torch.device) -> Tensor | None:
     labels = subset.split.labels
-    if labels is None:
-        return None
-    return torch.from_numpy(labels[subset.indices[positions]]).to(device, non_blocking=True)
+    return None if labels is None else send(labels[subset.indices[positions]], device)
 
 
 def _steps_per_epoch(subset: Subset, batch_size: int) -> int:

@@ -4,18 +4,19 @@ Every image is shown turned by 0, 90, 180 and 270 degrees in the same step, and 
 which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728).
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from data.loaders import Batch, Batches, eval_batches
 from data.randomness import uniform
+from data.reading import send
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
 from data.splits import Subset
 from models.export import save_model
 from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
+from training.hardware import keeps_images
 from training.images import open_pretraining
 from training.network import build_model
 from training.runner import StageContext, StageOutcome
@@ -24,13 +25,14 @@ from training.runner import StageContext, StageOutcome
 def compute(context: StageContext) -> StageOutcome:
     """Pretrain on the prepared images, from the newest checkpoint where there is one."""
     settings, recipe = context.settings, context.settings.pretrain
-    hardware = context.hardware()
-    device = hardware.torch_device
     side = settings.model.image_size
     other = "transfer_data" in context.request.inputs
     splits, left_out = open_pretraining(
         context.input("data"), settings, context.input("transfer_data") if other else None
     )
+    samples = recipe.epochs * len(splits.train) * recipe.samples_per_step / recipe.batch_size
+    hardware = context.hardware(passes=samples * loop.PASSES_PER_STEP)
+    device = hardware.torch_device
     model = to_device(build_model(context, ROTATION_NAMES), device)
     batches = Batches(
         splits.train,
@@ -39,16 +41,18 @@ def compute(context: StageContext) -> StageOutcome:
         flip=recipe.flip,
         seed=settings.seed,
         device=device,
+        crop_scale=recipe.crop_scale,
+        keep_on_device=keeps_images(settings.hardware, device, images=splits.train),
     )
 
-    forward = hardware.for_training(model)
+    forward = hardware.for_training(model, cache=context.compile_cache)
 
     def compute_loss(batch: Batch) -> Tensor:
         if recipe.rotations == "all":
             images, turns = make_rotation_batch(batch.images)
         else:
             drawn = uniform(settings.seed, batch.epoch, batch.ids, "rotation")
-            turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
+            turns = send((drawn * NUM_ROTATIONS).astype("int64"), device)
             images = rotate_each(batch.images, turns)
         with hardware.autocast():
             logits = forward(images).logits

@@ -225,7 +225,7 @@ def knn_accuracy(
     known = functional.normalize(train_features.float(), dim=1)
     chunk = max(1, SIMILARITIES_PER_CHUNK // len(known))
     correct = 0
-    for some, wanted in zip(features.split(chunk), labels.split(chunk), strict=True):
+    for some, wanted in zip(torch.split(features, chunk), torch.split(labels, chunk), strict=True):
         nearest = (functional.normalize(some.float(), dim=1) @ known.T).topk(k, dim=1).indices
         votes = functional.one_hot(train_labels[nearest]).sum(dim=1)
         # Of classes with as many votes, argmax takes the first.

@@ -222,8 +222,6 @@ def record_if_all_cached(
 def run_name(settings: Settings) -> str:
     """Return a name that tells preset and seed, and differs where any other setting does."""
     values = settings.model_dump(mode="json", exclude={"checkpoint", "tracking"})
-    if values["hardware"]["frozen_tokens"] == "auto":  # no setting once: names of that time stay
-        del values["hardware"]["frozen_tokens"]
     return f"{settings.preset}-seed{settings.seed}-{digest_of(values)[:8]}"
 
 

@@ -27,8 +27,8 @@ class Stage:
         name: Stem of its module and files.
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
-        reads_where_set: Names of settings that came later and are read only where they are on, so
-            that results from before they came stay valid.
+        reads_where_set: Names of settings, also within what it reads, that came later and are read
+            only where they are on, so that results from before they came stay valid.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
@@ -131,7 +131,7 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        reads_where_set=("data.leave_out_test_copies",),
+        reads_where_set=("data.leave_out_test_copies", "pretrain.crop_scale"),
         needs=_needs_pretrain,
         version=2,
         in_child=True,
@@ -167,6 +167,7 @@ _ALL = (
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.crop_scale",),
         needs=_needs_finetune,
         in_child=True,
         trains=True,
@@ -176,6 +177,7 @@ _ALL = (
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.crop_scale",),
         needs=_needs_finetune_2,
         in_child=True,
         trains=True,
@@ -185,6 +187,7 @@ _ALL = (
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("from_scratch.crop_scale",),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
         in_child=True,

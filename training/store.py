@@ -225,8 +225,11 @@ def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
     return {
         name: value
         for name, value in values.items()
-        if any(name == read or name.startswith(f"{read}.") for read in stage.reads)
-        or (value and name in stage.reads_where_set)
+        if (
+            value
+            if name in stage.reads_where_set
+            else any(name == read or name.startswith(f"{read}.") for read in stage.reads)
+        )
     }
 
 

@@ -16,6 +16,7 @@ from models.export import save_model
 from models.vit import to_device
 from training import loop
 from training.evaluation import evaluate
+from training.hardware import keeps_images
 from training.images import LabelledImages
 from training.runner import StageContext, StageOutcome
 from training.settings import FinetuneSettings, FromScratchSettings
@@ -56,8 +57,13 @@ def train_classifier(
         section: Name of the recipe among the settings: epochs, batch size, rates, patience.
         tokens: Of the same images; nothing below them may be trained.
     """
-    settings, hardware = context.settings, context.hardware()
+    settings = context.settings
     recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, is_trained in parameters if is_trained)
+    share = trained / sum(size for size, _ in parameters)
+    passes = (share if tokens else 1) + share * (loop.PASSES_PER_STEP - 1)
+    hardware = context.hardware(passes=recipe.epochs * len(images.train) * passes)
     device, side = hardware.torch_device, settings.model.image_size
     to_device(model, device)
     network: nn.Module
@@ -78,9 +84,11 @@ def train_classifier(
             flip=recipe.flip,
             seed=settings.seed,
             device=device,
+            crop_scale=recipe.crop_scale,
+            keep_on_device=keeps_images(settings.hardware, device, images=images.train),
         )
         val_batches = partial(eval_batches, images.val, recipe.batch_size, side, device)
-    forward = hardware.for_training(network)
+    forward = hardware.for_training(network, cache=context.compile_cache)
 
     def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source

@@ -7,7 +7,6 @@ from typing import Any
 from training.configure import build_settings, to_yaml, validate
 from training.run_record import RunRecord, note_end, run_name
 from training.settings import Settings, merge
-from training.stage_files import digest_of
 from training.store import StageResult
 
 
@@ -47,15 +46,6 @@ def test_results_have_the_published_form(tmp_path: Path, tiny_settings: Settings
         "samples_per_second": 9.0,
         "top1": 0.75,
     }
-
-
-def test_a_name_from_before_there_were_frozen_tokens_stays() -> None:
-    asked = ["finetune.flip=false", "data.crop_margin=0", "hardware.frozen_tokens=always"]
-    usual, always = build_settings(overrides=asked[:2]), build_settings(overrides=asked)
-    values = usual.model_dump(mode="json", exclude={"checkpoint", "tracking"})
-    del values["hardware"]["frozen_tokens"]
-    assert run_name(usual) == f"drawn-seed0-{digest_of(values)[:8]}"
-    assert run_name(always) != run_name(usual)
 
 
 def test_the_record_holds_what_is_needed_to_repeat_the_run(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from training import store
-from training.configure import validate
+from training.configure import override, validate
 from training.runner import Compute, StageContext, StageOutcome, run_stage
 from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS, OutputsError
@@ -28,8 +28,11 @@ def test_the_key_changes_with_every_setting_that_can_change_the_result(
         {"data": {"val_fraction": 0.3}},
         {"data": {"split_seed": 9}},
         {"pretrain": {"accumulation_steps": 3}},
+        {"pretrain": {"crop_scale": 0.3}},
+        {"pretrain": {"crop_scale": 1}},
         {"hardware": {"precision": "bfloat16"}},
         {"hardware": {"compile": True}},
+        {"hardware": {"compile": False}},
     ]
     keys = {request_pretrain(change).key for change in changes}
     assert len(keys) == len(changes)
@@ -44,9 +47,23 @@ def test_the_key_ignores_what_cannot_change_the_result(request_pretrain: Request
         {"tracking": {"log_every_steps": 3, "wandb": "offline"}},
         {"finetune": {"epochs": 50}},
         {"transfer": {"labels": 12}},
-        {"hardware": {"threads": 2}},
+        {"hardware": {"threads": 2, "data_on_device": True}},
+        {"pretrain": {"crop_scale": None}},
+        {"finetune": {"crop_scale": 0.3}},
     ):
         assert request_pretrain(change).key == unchanged, change
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_1", "finetune_2", "from_scratch"])
+def test_a_setting_that_came_later_is_no_part_of_a_key_until_it_is_set(
+    tiny_settings: Settings, stage: str
+) -> None:
+    """So that results from before it came are found."""
+    section = stage.partition("_1")[0].partition("_2")[0]
+    name = f"{section}.crop_scale"
+    assert name not in store._values_read(STAGES[stage], tiny_settings)
+    changed = override(tiny_settings, [f"{name}=0.5"])
+    assert store._values_read(STAGES[stage], changed)[name] == 0.5
 
 
 def test_a_result_that_verifies_is_cached_and_not_computed_again(
