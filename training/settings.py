@@ -247,7 +247,9 @@ class HardwareSettings(Section):
     """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
     passes over memory afterwards, and other last bits."""
     threads: PositiveInt | None = None
-    """CPU threads of the computation; none takes the processors that this process may use."""
+    """CPU threads of the computation, and of decoding. None takes the processors that this process
+    may use by its affinity and the quotas of its control groups, and for the computation no more
+    than `OMP_NUM_THREADS`, where that is set."""
 
 
 class TrackingSettings(Section):
