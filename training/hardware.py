@@ -21,9 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import threadpoolctl
 import torch
 from torch import Tensor, nn
 
+from data.processors import available_processors
 from data.splits import Subset
 from training.settings import ConfigError, HardwareSettings
 from training.stage_files import OutputsError
@@ -117,6 +119,8 @@ def decide_once(
     else:
         write_atomically(path, json.dumps(asdict(hardware)).encode())
     torch.set_num_threads(hardware.threads)
+    # NumPy's and scikit-learn's are pools of their own, which know no quota.
+    threadpoolctl.threadpool_limits(hardware.threads)
     return hardware
 
 
@@ -161,7 +165,7 @@ def decide(
         device=device,
         precision=precision,
         compile=operations is not None and _compiles(settings, device, operations),
-        threads=settings.threads or available_processors(),
+        threads=settings.threads or _threads(),
     )
 
 
@@ -214,16 +218,14 @@ def keeps_images(settings: HardwareSettings, device: torch.device, *, images: Su
     return images.nbytes <= SHARE_FOR_IMAGES * free
 
 
-def available_processors() -> int:
-    """Processors that this process may use: its affinity, within its control group's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            count = min(count or 1, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no control group, or an older kind: the affinity stands
-    return count or 1
+def _threads() -> int:
+    """Threads where none are set: a user, or a batch system, may ask for fewer than there could be.
+
+    `OMP_NUM_THREADS` is what torch itself goes by. Fewer, not more: that would be too many.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # then nested teams'
+    usable = available_processors()
+    return min(usable, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else usable
 
 
 def describe() -> dict[str, str | int]:

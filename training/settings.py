@@ -271,7 +271,9 @@ class HardwareSettings(Section):
     what is kept takes at most 16 GiB and half of the free disk, always does it whatever the
     size."""
     threads: PositiveInt | None = None
-    """CPU threads of the computation; none takes the processors that this process may use."""
+    """CPU threads of the computation, and of decoding. None takes the processors that this process
+    may use by its affinity and the quotas of its control groups, and for the computation no more
+    than `OMP_NUM_THREADS`, where that is set."""
 
 
 class TrackingSettings(Section):

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import sklearn.neighbors  # noqa: F401  (it brings the pools that are looked for)
+import threadpoolctl
 import torch
 
 from data.splits import Subset
@@ -43,6 +45,31 @@ def test_a_resume_decides_as_the_first_attempt_did(tmp_path: Path) -> None:
         later = decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
         assert later == decided
         assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("3", 3), (" 2,1 ", 2), ("99", 5), ("0", 5), ("", 5), ("many", 5), ("-1", 5)],
+)
+def test_fewer_threads_than_processors_are_taken_where_openmp_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, asked: str, expected: int
+) -> None:
+    monkeypatch.setattr(hardware, "available_processors", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert decide(HardwareSettings(device="cpu"), embed_dim=16).threads == expected
+    assert decide(HardwareSettings(device="cpu", threads=7), embed_dim=16).threads == 7
+
+
+def test_numpy_and_scikit_learn_compute_on_as_many_threads_as_torch(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        with threadpoolctl.threadpool_limits(2):
+            decide_once(tmp_path, HardwareSettings(device="cpu", threads=1), embed_dim=16)
+            pools = threadpoolctl.threadpool_info()
+            assert {pool["user_api"] for pool in pools} == {"blas", "openmp"}
+            assert {pool["num_threads"] for pool in pools} == {1}
     finally:
         torch.set_num_threads(threads)
 
