@@ -101,4 +101,6 @@ def _play(compute: Callable[[Any, Turns], None], job: Any, pipe: Connection, blo
     # A group of its own, for the signals, but in the session of who started it: when that one dies,
     # the kernel ends a group that stands still.
     os.setpgrp()
+    # Loaders start their workers as they do in a program of their own: by what comes first here.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     compute(job, Turns(pipe, block))

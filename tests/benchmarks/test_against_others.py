@@ -1,6 +1,7 @@
 """A short run of the comparison with other trainers, and what its processes promise."""
 
 import json
+import multiprocessing
 import runpy
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 COUNTING = """
+import multiprocessing
 import threading
 import time
 
@@ -32,6 +34,8 @@ def count(path, turns):
         turns.step_ended()
 
 def give_up(path, turns):
+    with open(path, "w") as file:
+        file.write(multiprocessing.get_start_method())
     turns.begin()
 """
 
@@ -93,14 +97,16 @@ def test_a_process_stands_still_unless_it_is_its_turn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("benchmarks")
-def test_a_process_that_ends_by_itself_is_an_error(tmp_path: Path) -> None:
+def test_a_process_starts_workers_as_usual_and_its_end_is_an_error(tmp_path: Path) -> None:
     counting, turns = import_module("counting"), import_module("turns")
-    player = turns.Player("counting", counting.give_up, str(tmp_path), 4)
+    written = tmp_path / "written"
+    player = turns.Player("counting", counting.give_up, str(written), 4)
     try:
         with pytest.raises(RuntimeError, match="counting must compute until it is ended"):
             player.turn()
     finally:
         player.end()
+    assert written.read_text() == multiprocessing.get_all_start_methods()[0]
 
 
 def test_ratios_are_medians_of_rounds_without_the_first(benchmarks: Path) -> None:
