@@ -23,6 +23,7 @@ from torchvision import transforms
 from transformers import ViTForImageClassification
 from turns import Turns
 
+from data.processors import available_processors
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES
 from data.transforms import MEAN, STD
 from models.vit import build_vit, to_device
@@ -150,7 +151,7 @@ def best_of_trainer(settings: Settings) -> dict[str, Any]:
         "bf16": found.precision == "bfloat16",
         "torch_compile": True,
         "optim": "adamw_torch_fused",
-        "dataloader_num_workers": hardware.available_processors(),
+        "dataloader_num_workers": available_processors(),
         "dataloader_persistent_workers": True,
     }
 
@@ -194,5 +195,5 @@ def _train_with_trainer(job: Job, turns: Turns, arguments: dict[str, Any]) -> No
 
 def _prepare_torch() -> str:
     """Give torch as many threads as our own training has; return the device's name."""
-    torch.set_num_threads(hardware.available_processors())
+    torch.set_num_threads(available_processors())
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,7 +27,6 @@ from torch.nn import functional
 from data.drawn import draw
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES
 from models.freezing import set_train_mode
-from models.vit import to_device
 from training import hardware, optim, prepare_data, pretrain, progress, store
 from training.configure import build_settings
 from training.network import build_model
@@ -149,7 +148,7 @@ def measure(preset: str, case: Case, scratch: Path) -> dict[str, float]:
 def _bare_step(context: StageContext) -> Callable[[], None]:
     """Return a step of the same network, with the same optimiser and precision, on noise."""
     settings, device = context.settings, context.hardware().torch_device
-    model = to_device(build_model(context, ROTATION_NAMES), device)
+    model = context.hardware().place(build_model(context, ROTATION_NAMES))
     set_train_mode(model)
     optimizer = optim.make_optimizer(model, weight_decay=settings.pretrain.weight_decay)
     optim.set_learning_rate(optimizer, 1e-4)

@@ -24,9 +24,11 @@ from typing import Any, Literal
 import threadpoolctl
 import torch
 from torch import Tensor, nn
+from transformers import ViTForImageClassification
 
 from data.processors import available_processors
 from data.splits import Subset
+from models.vit import choose_attention, to_device
 from training.settings import ConfigError, HardwareSettings
 from training.stage_files import OutputsError
 from training.store import write_atomically
@@ -43,6 +45,12 @@ COMPILING_PAYS = 1e17
 pays. Reckoned, not measured: five minutes at 40 % of the bfloat16 rate of an H100, of which a fifth
 pays for a minute of compiling; `benchmarks/gpu.py` measures both. On CPU it is left to the user: no
 clear gain was found there (EXPERIMENTS.md)."""
+
+MOST_TOKENS_WRITTEN_OUT = 256
+"""Longest sequence whose attention is written out (products and softmax) where a processor trains
+in bfloat16. There the backward pass of torch's fused attention takes more than twice as long as in
+float32; written out, a step of the mission's network (101 tokens) takes a seventh less, at 257
+tokens as long (EXPERIMENTS.md), and what is held for the backward pass grows with the square."""
 
 SHARE_FOR_IMAGES = 0.4
 """Largest part of a GPU's free memory that the training images may take by themselves: what they
@@ -62,6 +70,18 @@ class Hardware:
     def torch_device(self) -> torch.device:
         """The device, as torch names it."""
         return torch.device(self.device)
+
+    def place(self, model: ViTForImageClassification) -> ViTForImageClassification:
+        """Move a model that is to be trained to the device, in place, and return it.
+
+        Its attention is computed in the form that trains faster there; see
+        `MOST_TOKENS_WRITTEN_OUT`. Weights, and what is exported, are the same for both.
+        """
+        to_device(model, self.torch_device)
+        tokens = model.vit.embeddings.position_embeddings.shape[1]
+        on_processor = self.device == "cpu" and self.precision == "bfloat16"
+        choose_attention(model, written_out=on_processor and tokens <= MOST_TOKENS_WRITTEN_OUT)
+        return model
 
     def for_training(self, model: nn.Module, *, cache: Path) -> Callable[[Tensor], Any]:
         """Return what calls the model in a training step: compiled, or the model itself.

@@ -13,7 +13,6 @@ from data.reading import send
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
 from data.splits import Subset
 from models.export import save_model
-from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
 from training.hardware import keeps_images
@@ -33,7 +32,7 @@ def compute(context: StageContext) -> StageOutcome:
     samples = recipe.epochs * len(splits.train) * recipe.samples_per_step / recipe.batch_size
     hardware = context.hardware(passes=samples * loop.PASSES_PER_STEP)
     device = hardware.torch_device
-    model = to_device(build_model(context, ROTATION_NAMES), device)
+    model = hardware.place(build_model(context, ROTATION_NAMES))
     batches = Batches(
         splits.train,
         batch_size=recipe.batch_size,

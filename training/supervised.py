@@ -13,7 +13,6 @@ from data.loaders import Batch, Batches, TokenBatches, eval_batches, token_eval_
 from data.tokens import Tokens
 from models.boundary import LastBlocks
 from models.export import save_model
-from models.vit import to_device
 from training import loop
 from training.evaluation import evaluate
 from training.hardware import keeps_images
@@ -65,7 +64,7 @@ def train_classifier(
     passes = (share if tokens else 1) + share * (loop.PASSES_PER_STEP - 1)
     hardware = context.hardware(passes=recipe.epochs * len(images.train) * passes)
     device, side = hardware.torch_device, settings.model.image_size
-    to_device(model, device)
+    hardware.place(model)
     network: nn.Module
     batches: Batches | TokenBatches
     val_batches: Callable[[], Iterable[Batch]]

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 import sklearn.neighbors  # noqa: F401  (it brings the pools that are looked for)
@@ -9,6 +9,7 @@ import threadpoolctl
 import torch
 
 from data.splits import Subset
+from models.vit import build_vit
 from training import hardware
 from training.configure import build_settings
 from training.hardware import Hardware, decide, decide_once, keeps_images
@@ -47,6 +48,25 @@ def test_a_resume_decides_as_the_first_attempt_did(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("precision", "image_size", "expected"),
+    [("bfloat16", 32, "eager"), ("bfloat16", 64, "sdpa"), ("float32", 32, "sdpa")],
+)
+def test_attention_is_written_out_where_a_processor_trains_short_sequences_in_bfloat16(
+    precision: Literal["float32", "bfloat16"], image_size: int, expected: str
+) -> None:
+    """65 and 257 tokens; both forms give the same answers but for rounding, and export alike."""
+    sizes = (image_size, 4, 12, 1, 3, 2, 0.0)
+    model = build_vit(*sizes, num_labels=2, label_names=("0", "1"), seed=0)
+    pixels = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, exported = model(pixels).logits, model.config.to_dict()
+        Hardware(device="cpu", precision=precision, compile=False, threads=1).place(model)
+        torch.testing.assert_close(model(pixels).logits, before, rtol=1e-4, atol=1e-6)
+    assert model.config._attn_implementation == expected
+    assert model.config.to_dict() == exported
 
 
 @pytest.mark.parametrize(
