@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import ViTForImageClassification
 
 from models.vit import layer_names, to_device
+from training import runner
 from training.features import Features, extract_features
 from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
@@ -109,3 +110,7 @@ def _score_layers(
             for layer in range(layers)
         ],
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

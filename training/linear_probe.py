@@ -10,6 +10,7 @@ from transformers import ViTForImageClassification
 
 from models.export import save_model
 from models.vit import replace_head, set_head, to_device
+from training import runner
 from training.features import extract_features
 from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
@@ -96,3 +97,7 @@ def _probe(
         correct=round(float(on_test[0, chosen]) * len(test.labels)),
         total=len(test.labels),
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -29,7 +29,7 @@ class Stage:
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
-        in_child: Whether it runs in a process of its own (long, and wants to be stopped).
+        resumes: Whether an attempt that is told to stop saves what the next one goes on from.
         trains: Whether it is a long training, of which a GPU takes one at a time.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
@@ -41,7 +41,7 @@ class Stage:
     needs: Callable[["Settings"], Mapping[str, str]]
     reads_where_set: tuple[str, ...] = ()
     version: int = 1
-    in_child: bool = False
+    resumes: bool = False
     trains: bool = False
     module: str = ""
     directory: str = ""
@@ -93,14 +93,14 @@ _ALL = (
         summary="Download the images to pretrain on, where they are not here already.",
         reads=(),  # only the names of the sources: see store.make_request
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="download_transfer",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
         module="download",
         directory="download",
     ),
@@ -109,14 +109,14 @@ _ALL = (
         summary="Decode, crop and store the images to pretrain on.",
         reads=(),  # what it depends on is the content of the sources: see store.make_request
         needs=_needs_download("download", "pretrain"),
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="prepare_transfer_data",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=_needs_download("download_transfer", "transfer"),
-        in_child=True,
+        resumes=True,
         module="prepare_data",
         directory="prepare_data",
     ),
@@ -127,7 +127,7 @@ _ALL = (
         reads_where_set=("data.leave_out_test_copies",),
         needs=_needs_pretrain,
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
     ),
     Stage(
@@ -142,7 +142,7 @@ _ALL = (
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -151,7 +151,7 @@ _ALL = (
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         needs=_needs_finetune_2,
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -161,7 +161,7 @@ _ALL = (
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
     ),
     Stage(
