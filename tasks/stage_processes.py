@@ -114,12 +114,13 @@ class _Forked:
         self._status = os.fdopen(status)
         self._code: int | None = None
         try:
-            self.pid = int(self._status.readline())
-        except ValueError as error:  # nothing
-            raise ServerDiedError from error
-        finally:
-            if not hasattr(self, "pid"):
-                self._close()
+            line = self._status.readline()
+            if not line:
+                raise ServerDiedError
+            self.pid = int(line)
+        except BaseException:
+            self._close()
+            raise
 
     def wait(self, timeout: float | None = None) -> int:
         if self._code is None:
@@ -205,6 +206,7 @@ class _Server:
             raise
 
     def _last_words(self) -> str:
+        self._process.kill()  # if it is not on its way out, it has not got the request
         code = self._process.wait()
         end = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         self._said.seek(0)

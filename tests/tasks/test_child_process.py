@@ -283,5 +283,7 @@ def test_a_stage_that_keeps_nothing_of_an_attempt_is_ended_at_once() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
+        started = time.monotonic()
         child_process._stop(child, saves=False)
+        assert time.monotonic() - started < child_process.GRACE_SECONDS / 2
         assert child.returncode == -signal.SIGKILL
