@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.vit import layer_names
+from training import runner
 from training.features import Backbone, Features, SplitFeatures, open_features
 from training.images import open_labelled
 from training.probes import knn_accuracy, train_heads
@@ -101,3 +102,7 @@ def score_layers(features: SplitFeatures, settings: Settings, *, num_classes: in
             for layer in range(train.layers)
         ],
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from models.export import save_model
 from models.vit import replace_head, set_head
+from training import runner
 from training.features import Backbone, SplitFeatures, open_features
 from training.images import open_labelled
 from training.network import load_start
@@ -95,3 +96,7 @@ def train_probe(features: SplitFeatures, settings: Settings, *, num_classes: int
         correct=round(float(on_test[0, place]) * len(test.labels)),
         total=len(test.labels),
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -1,7 +1,7 @@
 """How any stage is delivered: found again, resumed, or computed, under one lock.
 
 A stage's module has a function `compute(context) -> StageOutcome`; everything around it is here.
-A module of a long stage ends with `raise SystemExit(runner.main(compute))`, so that
+It ends with `raise SystemExit(runner.main(compute))`, so that
 `python -P -m training.<module> DIRECTORY` runs it in a process of its own.
 """
 

@@ -32,7 +32,7 @@ class Stage:
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
-        in_child: Whether it runs in a process of its own (long, and wants to be stopped).
+        resumes: Whether an attempt that is told to stop saves what the next one goes on from.
         trains: Whether it is a long training, of which a GPU takes one at a time.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
@@ -44,7 +44,7 @@ class Stage:
     needs: Callable[["Settings"], Mapping[str, str]]
     reads_where_set: tuple[str, ...] = ()
     version: int = 1
-    in_child: bool = False
+    resumes: bool = False
     trains: bool = False
     module: str = ""
     directory: str = ""
@@ -100,14 +100,14 @@ _ALL = (
         summary="Download the images to pretrain on, where they are not here already.",
         reads=(),  # only the names of the sources: see store.make_request
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="download_transfer",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
         module="download",
         directory="download",
     ),
@@ -116,14 +116,14 @@ _ALL = (
         summary="Decode, crop and store the images to pretrain on.",
         reads=(),  # what it depends on is the content of the sources: see store.make_request
         needs=_needs_download("download", "pretrain"),
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="prepare_transfer_data",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=_needs_download("download_transfer", "transfer"),
-        in_child=True,
+        resumes=True,
         module="prepare_data",
         directory="prepare_data",
     ),
@@ -134,7 +134,7 @@ _ALL = (
         reads_where_set=("data.leave_out_test_copies", "pretrain.crop_scale"),
         needs=_needs_pretrain,
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
     ),
     Stage(
@@ -142,7 +142,6 @@ _ALL = (
         summary="Take the features of every layer of the frozen backbone, and of a random one.",
         reads=("seed", "hardware.precision", *_SPLITS),
         needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
-        in_child=True,
     ),
     Stage(
         name="linear_probe",
@@ -161,7 +160,6 @@ _ALL = (
         # Nothing of the fine-tuning and no seed, so that both and all of theirs share it.
         reads=("hardware.precision", "hardware.frozen_tokens", *_LABELLED),
         needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
-        in_child=True,
     ),
     Stage(
         name="finetune_1",
@@ -169,7 +167,7 @@ _ALL = (
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         reads_where_set=("finetune.crop_scale",),
         needs=_needs_finetune,
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -179,7 +177,7 @@ _ALL = (
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         reads_where_set=("finetune.crop_scale",),
         needs=_needs_finetune_2,
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -190,7 +188,7 @@ _ALL = (
         reads_where_set=("from_scratch.crop_scale",),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
     ),
     Stage(

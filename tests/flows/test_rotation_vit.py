@@ -11,6 +11,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ParameterTypeError
 
 from flows.rotation_vit import TASKS, rotation_vit
+from tasks import stage_processes
 from training.configure import validate
 from training.settings import ConfigError, Settings, merge
 from training.stages import STAGES
@@ -59,9 +60,10 @@ def test_the_first_run_computes_everything(outputs: Path, tiny_settings: Setting
     assert set(states_in_prefect().values()) == {"Completed"}
 
 
-def test_the_same_again_is_cached_in_every_stage_and_in_prefect(
-    outputs: Path, tiny_settings: Settings
+def test_the_same_again_is_cached_in_every_stage_and_in_prefect_and_starts_no_process(
+    outputs: Path, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stage_processes, "_Server", None)
     results = rotation_vit(tiny_settings, outputs)
     assert statuses(results) == dict.fromkeys(STAGE_NAMES, "cached")
     assert states_in_prefect() == dict.fromkeys(STAGE_NAMES, "Cached")

@@ -1,6 +1,7 @@
 """A stage in a process of its own: real children, really killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks import child_process, stage_processes, stage_server
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
-from training import progress, store
+from training import progress, stage_files, store
 from training.configure import validate
 from training.errors import DivergedError
 from training.progress import Progress
@@ -36,10 +38,17 @@ def request_of(run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Pat
 
     def build(changes: dict[str, Any] | None = None) -> StageRequest:
         settings: Settings = validate(merge(tiny_values, changes or {}))
-        results = run_stages(settings, tmp_path / "outputs", "prepare_data")
-        return store.make_request(STAGES["pretrain"], settings, tmp_path / "outputs", results)
+        outputs = tmp_path / "our outputs"
+        results = run_stages(settings, outputs, "prepare_data")
+        return store.make_request(STAGES["pretrain"], settings, outputs, results)
 
     return build
+
+
+@pytest.fixture(params=["forked", "afresh"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a test run with forked processes, and with those of systems where none are forked."""
+    monkeypatch.setattr(stage_processes, "FORKS", request.param == "forked")
 
 
 def child_of(process: psutil.Process) -> psutil.Process:
@@ -50,6 +59,14 @@ def child_of(process: psutil.Process) -> psutil.Process:
                 return child
         time.sleep(0.05)
     raise AssertionError("the stage's process did not start")
+
+
+def server_of(process: psutil.Process) -> psutil.Process:
+    """Return the server that a process has its stages forked from."""
+    for child in process.children():
+        if "tasks.stage_server" in child.cmdline():
+            return child
+    raise AssertionError("no server runs")
 
 
 def wait_for_steps(request: StageRequest) -> None:
@@ -71,6 +88,7 @@ def signal_once_training(request: StageRequest, number: int) -> threading.Thread
     return thread
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_the_child_returns_its_result_and_its_progress_is_heard_here(
     request_of: RequestOf, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,6 +134,7 @@ def test_a_killed_child_is_a_failure_that_a_retry_resumes(request_of: RequestOf)
     killer.join()
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_child_that_is_told_to_stop_saves_first(request_of: RequestOf) -> None:
     request = request_of(merge(LONG, {"checkpoint": {"every_seconds": 3600}}))
     stopper = signal_once_training(request, signal.SIGTERM)
@@ -136,7 +155,135 @@ def test_when_the_parent_is_killed_the_child_saves_and_ends(request_of: RequestO
     parent = subprocess.Popen([sys.executable, "-c", code, str(request.directory)])
     wait_for_steps(request)
     child = child_of(psutil.Process(parent.pid))
+    server = server_of(psutil.Process(parent.pid))
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     child.wait(timeout=30)
+    server.wait(timeout=10)
     assert store.inspect(request).state == "partial"
+
+
+def test_a_forked_process_computes_the_same_bytes_as_a_fresh_one(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of({"hardware": {"threads": 2}})
+    found = set()
+    for forks in (True, False):
+        monkeypatch.setattr(stage_processes, "FORKS", forks)
+        assert run_in_child(request).status == "computed"
+        found.add(stage_files.sha256_of(request.directory / "model" / "model.safetensors"))
+        shutil.rmtree(request.directory)
+    assert len(found) == 1
+
+
+def test_a_server_that_was_killed_between_two_stages_is_replaced(request_of: RequestOf) -> None:
+    request = request_of()
+    run_in_child(request)
+    first = server_of(psutil.Process())
+    shutil.rmtree(request.directory)
+    run_in_child(request)
+    assert server_of(psutil.Process()) == first, "it is kept as long as it lives"
+    first.kill()
+    shutil.rmtree(request.directory)
+    assert run_in_child(request).status == "computed"
+    assert server_of(psutil.Process()) != first
+
+
+def test_a_server_that_is_killed_meanwhile_is_an_error_and_the_stage_saves(
+    request_of: RequestOf,
+) -> None:
+    request = request_of(merge(LONG, {"checkpoint": {"every_seconds": 3600}}))
+
+    def kill() -> None:
+        wait_for_steps(request)
+        server_of(psutil.Process()).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(StageFailedError, match="server that pretrain was forked from has died"):
+        run_in_child(request)
+    killer.join()
+    assert store.inspect(request).state == "partial"
+
+
+def test_a_server_that_cannot_start_is_an_error_with_its_last_words(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of()
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(StageFailedError, match=r"(?s)ended with exit status 1.*encodings"):
+        run_in_child(request)
+
+
+def test_the_child_has_the_environment_the_folder_and_the_command_line_of_a_fresh_one(
+    request_of: RequestOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(LONG)
+    store.write_config(request)
+    server = None
+    for number in ("1", "2"):
+        place = tmp_path / number
+        place.mkdir()
+        stage_processes.prepare()  # before all this is so
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("OURS", number)
+        with stage_processes.start("pretrain", request.directory) as child:
+            assert child.stdout is not None
+            seen = psutil.Process(child.pid)
+            before, server = server, server_of(psutil.Process())
+            assert seen.parent() == server != before
+            while "training.pretrain" not in seen.cmdline():
+                time.sleep(0.01)
+            words = [word for word in seen.cmdline() if word]
+            assert words[1:] == [
+                *("-P", "-m", "training.pretrain", str(request.directory)),
+                *("--events", "--parent", str(server.pid)),
+            ]
+            assert seen.cwd() == str(place)
+            assert seen.environ()["OURS"] == number
+            assert os.getsid(child.pid) == child.pid
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
+
+
+def test_the_server_forks_from_one_thread_and_asks_nothing_of_cuda(request_of: RequestOf) -> None:
+    run_in_child(request_of())
+    server = server_of(psutil.Process())
+    tasks = Path(f"/proc/{server.pid}/task")
+    names = [path.read_text().strip() for path in tasks.glob("*/comm")]
+    assert sorted(set(names) - {"jemalloc_bg_thd"}) == [names[0]]
+    assert len(names) - names.count("jemalloc_bg_thd") == 1, names
+    code = (
+        "import importlib, torch; from training.stages import STAGES; asked = []\n"
+        "torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0\n"
+        "torch.cuda.is_available = torch.cuda.init = lambda: asked.append(1)\n"
+        "for item in STAGES.values(): importlib.import_module('training.' + "
+        "(item.module or item.name))\n"
+        "assert not asked"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_server_of_several_threads_refuses_to_fork() -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, name="another")
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="another"):
+            stage_server._check_that_forking_is_safe()
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_stage_that_keeps_nothing_of_an_attempt_is_ended_at_once() -> None:
+    code = "import signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN); print(flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "; time.sleep(60)"], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        started = time.monotonic()
+        child_process._stop(child, saves=False)
+        assert time.monotonic() - started < child_process.GRACE_SECONDS / 2
+        assert child.returncode == -signal.SIGKILL
