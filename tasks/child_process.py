@@ -113,7 +113,8 @@ def _let_end(child: StageProcess, seconds: float) -> None:
         return max(0.0, deadline - time.monotonic())
 
     assert child.stdout is not None
-    while wait([child.stdout], left()) and os.read(child.stdout.fileno(), 2**16):
+    output = child.stdout.fileno()
+    while wait([output], left()) and os.read(output, 2**16):
         pass
     child.wait(left())
 

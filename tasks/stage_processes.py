@@ -124,7 +124,7 @@ class _Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         if self._code is None:
-            if not connection.wait([self._status], timeout):
+            if not connection.wait([self._status.fileno()], timeout):
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
             self._code = int(self._status.readline() or SERVER_DIED)
         return self._code

@@ -156,8 +156,8 @@ def _run(job: Job, server: int) -> NoReturn:
     try:
         os.setsid()  # as a group, to be killed with what it has started
         os.fchdir(job.place)
-        for stream in (1, 2):
-            os.dup2(job.output, stream)
+        for number in (1, 2):
+            os.dup2(job.output, number)
         for descriptor in (job.output, job.place):
             os.close(descriptor)
         arguments = [job.directory, "--events", "--parent", str(server)]

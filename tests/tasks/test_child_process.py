@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from training.configure import validate
 from training.errors import DivergedError
 from training.progress import Progress
 from training.settings import Settings, merge
+from training.stage_files import newest_step
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 
@@ -55,8 +57,9 @@ def child_of(process: psutil.Process) -> psutil.Process:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for child in process.children(recursive=True):
-            if "training.pretrain" in child.cmdline():
-                return child
+            with suppress(psutil.Error):  # another stage's process, which has just ended
+                if "training.pretrain" in child.cmdline():
+                    return child
         time.sleep(0.05)
     raise AssertionError("the stage's process did not start")
 
@@ -78,9 +81,15 @@ def wait_for_steps(request: StageRequest) -> None:
         time.sleep(0.05)
 
 
-def signal_once_training(request: StageRequest, number: int) -> threading.Thread:
+def signal_once_training(
+    request: StageRequest, number: int, *, saved: bool = False
+) -> threading.Thread:
+    """Send the child a signal while it trains, or once it has saved its state."""
+
     def act() -> None:
         wait_for_steps(request)
+        while saved and newest_step(request.directory) is None:
+            time.sleep(0.01)
         child_of(psutil.Process()).send_signal(number)
 
     thread = threading.Thread(target=act)
@@ -119,7 +128,7 @@ def test_an_error_of_the_child_is_raised_here_as_its_type(request_of: RequestOf)
 
 def test_a_killed_child_is_a_failure_that_a_retry_resumes(request_of: RequestOf) -> None:
     request = request_of(merge(LONG, {"checkpoint": {"every_steps": 5}}))
-    killer = signal_once_training(request, signal.SIGKILL)
+    killer = signal_once_training(request, signal.SIGKILL, saved=True)
     with pytest.raises(StageFailedError, match="SIGKILL"):
         run_in_child(request)
     killer.join()
