@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from data.records import Split
 from data.rotation import ROTATION_NAMES
 from models.export import save_model
 from models.vit import eval_mode, to_device
-from training import hardware, prepare_data, store
+from training import finetune, frozen_tokens, hardware, prepare_data, progress, store
 from training.configure import build_settings
 from training.feature_analysis import score_layers
 from training.features import FOLDER, open_features, write_features
@@ -41,12 +42,12 @@ from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
 from training.linear_probe import train_probe
 from training.network import build_model
-from training.runner import StageContext, StageOutcome, run_stage
-from training.settings import Settings
+from training.runner import Compute, StageContext, StageOutcome, run_stage
+from training.settings import ModelSettings, Settings
 from training.stage_files import MODEL
-from training.stages import STAGES
+from training.stages import STAGES, plan
 from training.stopping import StopRequest
-from training.store import StageRequest
+from training.store import StageResult
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Case:
     bound: float
     """Most time over that of one forward pass."""
 
+
+FINETUNE_BOUND = 0.35
+"""Most time of an epoch from kept tokens over one without."""
+
+LABELS = 256
+"""Labelled images of the fine-tunings: four steps an epoch."""
 
 CASES = {
     "drawn": Case(train=3334, test=1000, bound=2.0),
@@ -77,30 +84,26 @@ def main(arguments: list[str] | None = None) -> int:
     kept = True
     for preset in options.presets:
         with tempfile.TemporaryDirectory(prefix="probe-cost-") as scratch:
-            figures = measure(preset, CASES[preset], Path(scratch), pairs=options.pairs)
+            place = Path(scratch)
+            draw_images(place / "images", CASES[preset], side=sizes_of(preset).image_size)
+            figures = measure(preset, place, pairs=options.pairs)
+            if preset == "imagenet":
+                figures |= measure_finetuning(preset, place, pairs=options.pairs)
         for name, value in figures.items():
             found[f"{name}_{preset}"] = value
             print(f"{preset:<10}{name:<24}{value:.4g}")
         kept = kept and figures["ratio"] <= CASES[preset].bound
+        kept = kept and figures.get("finetune_ratio", 0) <= FINETUNE_BOUND
     print(json.dumps({**found, "kept": kept}))
     return 0 if kept else 1
 
 
-def measure(preset: str, case: Case, scratch: Path, *, pairs: int) -> dict[str, float]:
+def measure(preset: str, scratch: Path, *, pairs: int) -> dict[str, float]:
     """Time forward passes and evaluations of a network with a preset's sizes."""
-    settings = build_settings(
-        preset,
-        overrides=[
-            f"data.source=folder:{scratch / 'images'}",
-            "data.crop_margin=0",
-            "transfer.source=none",
-            "transfer.labels=none",
-            "linear_probe.epochs=20",
-            "tracking.wandb=disabled",
-        ],
-    )
-    draw_images(scratch / "images", case, side=settings.model.image_size)
-    context = StageContext(request_features(settings, scratch / "outputs"), StopRequest())
+    settings = settings_of(preset, scratch, "transfer.labels=none", "linear_probe.epochs=20")
+    results = untrained(settings, scratch / "outputs")
+    request = store.make_request(STAGES["features"], settings, scratch / "outputs", results)
+    context = StageContext(request, StopRequest())
     context.directory.joinpath(FOLDER).mkdir(parents=True)
     images = open_labelled(context.input("data"), settings)
     found = context.hardware()
@@ -129,6 +132,47 @@ def measure(preset: str, case: Case, scratch: Path, *, pairs: int) -> dict[str, 
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
     }
+
+
+def measure_finetuning(preset: str, scratch: Path, *, pairs: int) -> dict[str, float]:
+    """Time epochs of fine-tuning the last block, with and without what the others made kept."""
+    seconds: dict[str, list[float]] = {"always": [], "never": []}
+    for seed in range(pairs):
+        for kept in seconds:
+            settings = settings_of(
+                preset,
+                scratch,
+                f"seed={seed}",
+                f"transfer.labels={LABELS}",
+                f"hardware.frozen_tokens={kept}",
+                "finetune.flip=false",
+                "finetune.epochs=3",
+                "finetune.warmup_epochs=0",
+                f"tracking.log_every_steps={LABELS // 64}",
+            )
+            seconds[kept] += epoch_seconds(settings, scratch / "outputs")
+    ratios = [some / all_ for some, all_ in zip(seconds["always"], seconds["never"], strict=True)]
+    return {
+        "finetune_seconds": statistics.median(seconds["never"]),
+        "finetune_kept_seconds": statistics.median(seconds["always"]),
+        "finetune_ratio": statistics.median(ratios),
+        "finetune_ratio_lowest": min(ratios),
+        "finetune_ratio_highest": max(ratios),
+    }
+
+
+def epoch_seconds(settings: Settings, outputs: Path) -> list[float]:
+    """Fine-tune the last block; return the time from each epoch's last step to the next one's."""
+    results = untrained(settings, outputs)
+    for stage in plan(settings, "finetune_1"):
+        if stage.name == "frozen_tokens":
+            request = store.make_request(stage, settings, outputs, results)
+            results[stage.name] = run_stage(request, frozen_tokens.compute)
+    ends: list[float] = []
+    with progress.listening(lambda report: ends.append(time.perf_counter())):
+        request = store.make_request(STAGES["finetune_1"], settings, outputs, results)
+        run_stage(request, finetune.compute)
+    return [after - before for before, after in pairwise(ends)]
 
 
 class Clock:
@@ -184,20 +228,49 @@ def draw_images(root: Path, case: Case, *, side: int) -> None:
             draw(index, split, side).save(folder / f"{index:05d}.png", compress_level=1)
 
 
-def request_features(settings: Settings, outputs: Path) -> StageRequest:
-    """Prepare the images and ask for the features of an untrained network."""
-    prepare = store.make_request(STAGES["prepare_data"], settings, outputs, {})
-    results = {"prepare_data": run_stage(prepare, prepare_data.compute)}
-    pretrain = store.make_request(STAGES["pretrain"], settings, outputs, results)
-    results["pretrain"] = run_stage(pretrain, keep_untrained)
-    return store.make_request(STAGES["features"], settings, outputs, results)
+def sizes_of(preset: str) -> ModelSettings:
+    """Return the sizes of a preset's network."""
+    return build_settings(preset).model
+
+
+def settings_of(preset: str, scratch: Path, *overrides: str) -> Settings:
+    """Return settings with a preset's network, on drawn images that are the same every time."""
+    return build_settings(
+        preset,
+        overrides=[
+            f"data.source=folder:{scratch / 'images'}",
+            "data.crop_margin=0",
+            "transfer.source=none",
+            "tracking.wandb=disabled",
+            *overrides,
+        ],
+    )
+
+
+def untrained(settings: Settings, outputs: Path) -> dict[str, StageResult]:
+    """Prepare the images; an untrained network stands in for a pretrained and a probed one.
+
+    What evaluation and fine-tuning cost does not depend on the weights.
+    """
+    computes: dict[str, Compute] = {
+        "prepare_data": prepare_data.compute,
+        "pretrain": keep_untrained,
+        "features": lambda context: StageOutcome(scores={}),
+        "linear_probe": keep_untrained,
+    }
+    results: dict[str, StageResult] = {}
+    for name, compute in computes.items():
+        request = store.make_request(STAGES[name], settings, outputs, results)
+        results[name] = run_stage(request, compute)
+    return results
 
 
 def keep_untrained(context: StageContext) -> StageOutcome:
-    """Stand in for pretraining: what evaluation costs does not depend on the weights."""
+    """Save a fresh network with a head for the stage's classes."""
     settings = context.settings
+    pretext = context.request.stage == "pretrain"
     save_model(
-        build_model(context, ROTATION_NAMES),
+        build_model(context, ROTATION_NAMES if pretext else CLASS_NAMES),
         context.directory / MODEL,
         image_size=settings.model.image_size,
         prepared_size=settings.prepared_size,

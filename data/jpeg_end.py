@@ -38,13 +38,15 @@ def check_jpeg_ends(content: bytes, picture: Image.Image) -> None:
     Raises:
         UndecodableError: If the data end early, or have no end.
     """
-    end = content.find(_END, _first_scan(content))
-    if end < 0:
+    first_scan = _first_scan(content)
+    # From behind, where it is: looking for the first one reads all of the file.
+    if content.rfind(_END, first_scan) < 0:
         raise UndecodableError("the JPEG data have no end, the file was cut off")
     width, height = picture.size
     corner = picture.crop((max(0, width - 8), height - 1, width, height))
     if not _GREY.issuperset(corner.tobytes()):
         return
+    end = content.find(_END, first_scan)
     longer = content[:end] + bytes([_FILLING]) * 256 + _END
     with Image.open(io.BytesIO(longer), formats=("JPEG",)) as other:
         if not _equal(picture, other):
