@@ -79,7 +79,7 @@ def test_threads_and_batches_do_not_change_what_is_read(
     order = np.random.default_rng(0).integers(0, TRAIN, 50)
     one_by_one = [PreparedData.open(tmp_path).train.gather(order[[row]]) for row in range(50)]
     for processors in (1, 2, 5, 64):
-        monkeypatch.setattr("data.prepared._processors", lambda count=processors: count)
+        monkeypatch.setattr("data.prepared.available_processors", lambda count=processors: count)
         train = PreparedData.open(tmp_path).train
         assert np.array_equal(train.gather(order), np.concatenate(one_by_one))
         assert train.gather(order[:0]).shape == (0, SIDE, SIDE, 3)
