@@ -146,7 +146,7 @@ _ALL = (
             "features": "features",
             "data": transfer_data(settings),
         },
-        version=2,
+        version=3,
     ),
     Stage(
         name="finetune_1",

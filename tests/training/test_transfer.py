@@ -19,7 +19,9 @@ from training.feature_geometry import linear_cka
 from training.features import open_features
 from training.hardware import Hardware
 from training.images import open_labelled
+from training.linear_probe import train_probe
 from training.network import build_model
+from training.probe_variants import probe_variants
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS
@@ -195,6 +197,27 @@ def test_from_scratch_trains_everything_and_needs_no_pretraining(
     assert moved == {"embeddings", "layers.0", "layers.1", "layernorm", "classifier"}
     found = accuracy_on_test(result, tiny_settings, results["prepare_data"].directory)
     assert found == pytest.approx(result.scores["top1"])
+
+
+def test_the_probe_reads_the_backbone_in_other_ways_besides(
+    pretrained: dict[str, StageResult], tiny_settings: Settings
+) -> None:
+    scores = pretrained["linear_probe"].scores
+    exported, *others = scores["variants"]
+    assert [row["exported"] for row in scores["variants"]] == [True, False, False, False, False]
+    for name in ("top1", "correct", "val_top1", "lr", "weight_decay"):
+        assert exported[name] == scores[name]
+    assert exported["random_top1"] == scores["random_backbone_top1"]
+    assert [row["width"] for row in (exported, *others)] == [12, 12, 24, 24, 36]
+    # Each is what its own reading of the recorded features gives.
+    images = open_labelled(pretrained["prepare_data"].directory, tiny_settings)
+    for backbone, key in (("pretrained", "top1"), ("random", "random_top1")):
+        features = open_features(pretrained["features"].directory, backbone, images)  # type: ignore[arg-type]
+        for variant, row in zip(probe_variants(2), scores["variants"], strict=True):
+            assert variant.name == row["name"]
+            alone = train_probe(features, tiny_settings, num_classes=3, read=variant.read)
+            assert alone.correct / 21 == row[key]
+            assert alone.weight.shape == (3, row["width"])
 
 
 def test_the_analysis_scores_every_layer_and_the_embedding_class_token_is_at_chance(
