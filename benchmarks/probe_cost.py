@@ -3,10 +3,11 @@
     python benchmarks/probe_cost.py
 
 Taking the features of all layers, the linear probe with its whole grid of learning rates and weight
-decays, and the probes and neighbours of every layer, 20 epochs each and without the random control,
-over one forward pass of the same network over the same images; in turn, so that what else the
-machine does hits both. And an epoch of fine-tuning the last block from the frozen blocks' kept
-output over one that computes them again, each with its evaluation on val.
+decays, and the probes, neighbours, ranks and similarities of every layer, 20 epochs each and
+without the random control, over one forward pass of the same network over the same images; in turn,
+so that what else the machine does hits both. The probe's other ways to read the backbone are timed
+beside. And an epoch of fine-tuning the last block from the frozen blocks' kept output over one that
+computes them again, each with its evaluation on val.
 
 Images are drawn; all training images have labels. The last line is JSON.
 """
@@ -42,6 +43,7 @@ from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
 from training.linear_probe import train_probe
 from training.network import build_model
+from training.probe_variants import probe_variants
 from training.runner import Compute, StageContext, StageOutcome, run_stage
 from training.settings import ModelSettings, Settings
 from training.stage_files import MODEL
@@ -120,9 +122,12 @@ def measure(preset: str, scratch: Path, *, pairs: int) -> dict[str, float]:
             train_probe(features, settings, num_classes=classes)
         with clock.timing("analysis"):
             score_layers(features, settings, num_classes=classes)
+        with clock.timing("variants"):
+            for variant in probe_variants(settings.model.depth)[1:]:
+                train_probe(features, settings, num_classes=classes, read=variant.read)
     # The first turn warms up.
     turns = list(zip(*(seconds[1:] for seconds in clock.seconds.values()), strict=True))
-    ratios = [(features + probe + analysis) / bare for bare, features, probe, analysis in turns]
+    ratios = [(features + probe + analysis) / bare for bare, features, probe, analysis, _ in turns]
     return {
         **{
             f"{name}_seconds": statistics.median(seconds[1:])

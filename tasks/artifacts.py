@@ -61,7 +61,7 @@ def results_page(results: Mapping[str, Any], newest: str, run_directory: Path) -
 
 def layer_rows(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the scores of the layers as plain values: the UI shows no table with a nan in it."""
-    return [{name: _plain(value) for name, value in layer.items()} for layer in layers]
+    return [dict(_cells(layer)) for layer in layers]
 
 
 def _figures(stage: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -77,6 +77,14 @@ def _figures(stage: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         drawings = [figures.layer_chart(row["layers"], chance=None)]
     for drawing in drawings:
         yield drawing.alt, drawing.png()
+
+
+def _cells(layer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in layer.items():
+        if isinstance(value, Mapping):  # top-1 by the number of neighbours
+            yield from ((f"{name}_{k}", _plain(top1)) for k, top1 in value.items())
+        else:
+            yield name, _plain(value)
 
 
 def _plain(value: Any) -> Any:

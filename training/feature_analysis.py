@@ -1,30 +1,55 @@
 """Feature analysis: what each layer knows, from the embedding to the last block.
 
 Rotation features are often better some layers below the top, so every layer gets a linear probe
-and a nearest-neighbour score, on features that were taken in one pass over the images. The mean of
-the patch tokens is the headline: at the embedding the class token has seen no pixel.
+and nearest-neighbour scores, on features that were taken in one pass over the images; and, without
+labels, in how many directions they spread and how alike they are to those of the other layers. The
+mean of the patch tokens is the headline: at the embedding the class token has seen no pixel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from models.vit import layer_names
 from training import runner
+from training.feature_geometry import effective_rank, linear_cka
 from training.features import Backbone, Features, SplitFeatures, open_features
 from training.images import open_labelled
-from training.probes import knn_accuracy, train_heads
+from training.probes import knn_accuracies, train_heads
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """Test scores by layer."""
+    """What was found by layer, all on test images.
 
-    mean: list[float]
-    cls: list[float]
-    knn: list[float]
+    Attributes:
+        mean: Top-1 of a probe on the mean of the patch tokens.
+        cls: Top-1 of a probe on the class token.
+        knn: Top-1 of the nearest neighbours of the mean, by their number.
+        effective_rank: Of the mean.
+        cka: `(L+1, L+1)`, how alike the means of two layers are.
+    """
+
+    mean: Sequence[float]
+    cls: Sequence[float]
+    knn: Sequence[dict[int, float]]
+    effective_rank: Sequence[float]
+    cka: Sequence[Sequence[float]]
+
+    def row(self, layer: int, prefix: str = "") -> dict[str, object]:
+        """Return one layer's scores by their names in the record, each after a prefix."""
+        knn = self.knn[layer]
+        scores = {
+            "top1": self.mean[layer],
+            "cls_top1": self.cls[layer],
+            "knn_top1": knn[max(knn)],
+            "knn": {str(k): top1 for k, top1 in knn.items()},
+            "effective_rank": self.effective_rank[layer],
+        }
+        return {prefix + name: value for name, value in scores.items()}
 
 
 def compute(context: StageContext) -> StageOutcome:
@@ -47,12 +72,8 @@ def compute(context: StageContext) -> StageOutcome:
         {
             "layer": layer,
             "name": name,
-            "top1": found.mean[layer],
-            "cls_top1": found.cls[layer],
-            "knn_top1": found.knn[layer],
-            "random_top1": control.mean[layer],
-            "random_cls_top1": control.cls[layer],
-            "random_knn_top1": control.knn[layer],
+            **found.row(layer),
+            **control.row(layer, "random_"),
         }
         for layer, name in enumerate(layer_names(settings.model.depth))
     ]
@@ -62,6 +83,8 @@ def compute(context: StageContext) -> StageOutcome:
             "layers": layers,
             "best_layer": best["name"],
             "best_top1": best["top1"],
+            "cka": found.cka,
+            "random_cka": control.cka,
             "total": len(images.test),
             "labels": len(images.train),
         }
@@ -69,7 +92,10 @@ def compute(context: StageContext) -> StageOutcome:
 
 
 def score_layers(features: SplitFeatures, settings: Settings, *, num_classes: int) -> LayerScores:
-    """Probe every layer's mean token and class token, and let its neighbours vote."""
+    """Probe every layer's mean token and class token, let its neighbours vote, and measure it.
+
+    Rank and similarity are those of the test images: more of them than labelled ones, as a rule.
+    """
     recipe, train, test = settings.linear_probe, features.train, features.test
 
     def pooled(features: Features) -> Tensor:
@@ -88,19 +114,20 @@ def score_layers(features: SplitFeatures, settings: Settings, *, num_classes: in
     chosen = heads.choose(pooled(features.val), features.val.labels)
     on_test, _ = heads.scores(pooled(test), test.labels)
     scores = [float(on_test[row, best]) for row, best in enumerate(chosen)]
+    ks = sorted(settings.feature_analysis.knn_ks)
+    lowered = [min(k, len(train.labels)) for k in ks]
+
+    def vote(layer: int) -> dict[int, float]:
+        known, asked = train.mean[layer], test.mean[layer]
+        found = knn_accuracies(known, train.labels, asked, test.labels, lowered)
+        return dict(zip(ks, found, strict=True))
+
     return LayerScores(
         mean=scores[: train.layers],
         cls=scores[train.layers :],
-        knn=[
-            knn_accuracy(
-                train.mean[layer],
-                train.labels,
-                test.mean[layer],
-                test.labels,
-                k=min(settings.feature_analysis.knn_k, len(train.labels)),
-            )
-            for layer in range(train.layers)
-        ],
+        knn=[vote(layer) for layer in range(train.layers)],
+        effective_rank=[effective_rank(layer) for layer in test.mean],
+        cka=linear_cka(test.mean),
     )
 
 

@@ -1,29 +1,45 @@
 """Linear probe: a linear head on the frozen backbone's class token.
 
 The heads are trained on features that were taken once, so nothing can change the backbone. The
-same is done with the untrained network as control: a random ViT is already a fair descriptor.
+same is done with the untrained network as control: a random ViT is already a fair descriptor, and
+with other ways to read both, so that the headline can be compared with what others report.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from models.export import save_model
 from models.vit import replace_head, set_head
 from training import runner
-from training.features import Backbone, SplitFeatures, open_features
+from training.features import Backbone, Features, SplitFeatures, open_features
 from training.images import open_labelled
 from training.network import load_start
-from training.probes import Heads, train_heads
+from training.probe_variants import class_token, probe_variants
+from training.probes import train_heads
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The head that val chose, scored on test once."""
+    """The head that val chose, scored on test once.
 
-    heads: Heads
-    place: int
-    """Of the chosen head among those of the only layer."""
+    Attributes:
+        weight: `(C, width)` and
+        bias: `(C,)`: the head as a linear map of features that are not normalised.
+        lr: Its learning rate.
+        weight_decay: Its weight decay.
+        val_top1: Its share of right answers on val.
+        correct: Its right answers on test.
+        total: Images of test.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    lr: float
+    weight_decay: float
     val_top1: float
     correct: int
     total: int
@@ -33,51 +49,79 @@ def compute(context: StageContext) -> StageOutcome:
     """Probe the pretrained backbone and the random one; write the backbone with its head."""
     settings, device = context.settings, context.hardware().torch_device
     images = open_labelled(context.input("data"), settings)
+    variants, classes = probe_variants(settings.model.depth), len(images.class_names)
+    total = 2 * len(variants)
 
-    def probe(backbone: Backbone) -> Probe:
-        features = open_features(context.input("features"), backbone, images)
-        return train_probe(
-            features.where_heads_train(device), settings, num_classes=len(images.class_names)
-        )
+    def probe(backbone: Backbone, done: int) -> list[Probe]:
+        opened = open_features(context.input("features"), backbone, images)
+        features, found = opened.where_heads_train(device), []
+        for number, variant in enumerate(variants, start=done):
+            context.progress(number, total, "probes", f"{backbone} backbone, {variant.name}")
+            found.append(train_probe(features, settings, num_classes=classes, read=variant.read))
+        return found
 
-    context.progress(0, 2, "backbones", "pretrained")
-    chosen = probe("pretrained")
-    context.progress(1, 2, "backbones", "random, as control")
-    control = probe("random")
-    context.progress(2, 2, "backbones")
+    probes, controls = probe("pretrained", 0), probe("random", len(variants))
+    context.progress(total, total, "probes")
 
+    chosen, control = probes[0], controls[0]
     model = load_start(context)
     replace_head(model, images.class_names)
-    set_head(model, *chosen.heads.folded(0, chosen.place))
+    set_head(model, chosen.weight, chosen.bias)
     save_model(
         model,
         context.directory / "model",
         image_size=settings.model.image_size,
         prepared_size=settings.prepared_size,
     )
-    lr, weight_decay = chosen.heads.grid[chosen.place]
     return StageOutcome(
         scores={
             "top1": chosen.correct / chosen.total,
             "correct": chosen.correct,
             "total": chosen.total,
             "val_top1": chosen.val_top1,
-            "lr": lr,
-            "weight_decay": weight_decay,
+            "lr": chosen.lr,
+            "weight_decay": chosen.weight_decay,
             "random_backbone_top1": control.correct / control.total,
             "random_backbone_correct": control.correct,
             "labels": len(images.train),
+            "variants": [
+                {
+                    "name": variant.name,
+                    "exported": found is chosen,
+                    "width": found.weight.shape[1],
+                    "top1": found.correct / found.total,
+                    "correct": found.correct,
+                    "val_top1": found.val_top1,
+                    "random_top1": beside.correct / beside.total,
+                    "lr": found.lr,
+                    "weight_decay": found.weight_decay,
+                }
+                for variant, found, beside in zip(variants, probes, controls, strict=True)
+            ],
         },
         made=["model"],
     )
 
 
-def train_probe(features: SplitFeatures, settings: Settings, *, num_classes: int) -> Probe:
-    """Train heads of all learning rates and weight decays; val chooses one, test scores it."""
+def train_probe(
+    features: SplitFeatures,
+    settings: Settings,
+    *,
+    num_classes: int,
+    read: Callable[[Features], Tensor] = class_token,
+) -> Probe:
+    """Train heads of all learning rates and weight decays; val chooses one, test scores it.
+
+    Args:
+        features: Of train, val and test, on one device.
+        settings: Of the run: the probe's recipe and the seed.
+        num_classes: C.
+        read: What of the features the heads see, `(1, N, width)`.
+    """
     recipe = settings.linear_probe
     train, val, test = features.train, features.val, features.test
     heads = train_heads(
-        train.final_cls,
+        read(train),
         train.labels,
         num_classes,
         lrs=recipe.lrs,
@@ -86,12 +130,16 @@ def train_probe(features: SplitFeatures, settings: Settings, *, num_classes: int
         batch_size=recipe.batch_size,
         seed=settings.seed,
     )
-    place = heads.choose(val.final_cls, val.labels)[0]
-    on_val, _ = heads.scores(val.final_cls, val.labels)
-    on_test, _ = heads.scores(test.final_cls, test.labels)
+    place = heads.choose(read(val), val.labels)[0]
+    on_val, _ = heads.scores(read(val), val.labels)
+    on_test, _ = heads.scores(read(test), test.labels)
+    weight, bias = heads.folded(0, place)
+    lr, weight_decay = heads.grid[place]
     return Probe(
-        heads=heads,
-        place=place,
+        weight=weight,
+        bias=bias,
+        lr=lr,
+        weight_decay=weight_decay,
         val_top1=float(on_val[0, place]),
         correct=round(float(on_test[0, place]) * len(test.labels)),
         total=len(test.labels),

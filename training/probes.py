@@ -202,35 +202,48 @@ def train_heads(
     )
 
 
-def knn_accuracy(
-    train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, k: int = 20
-) -> float:
-    """Return the top-1 of a vote among the `k` nearest training images by cosine similarity.
+def knn_accuracies(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+) -> list[float]:
+    """Return the top-1 of votes among the nearest training images by cosine similarity.
 
     Args:
         train_features: `(N, D)`, on any device.
         train_labels: `(N,)`, int64.
         features: `(M, D)`, of the images to be classified.
         labels: `(M,)`, their true classes.
-        k: Neighbours that vote, each with the same weight.
+        ks: How many neighbours vote, each with the same weight, in ascending order. They are
+            looked for once.
+
+    Returns:
+        A fraction in [0, 1] for each of `ks`.
 
     Raises:
-        ValueError: If there are fewer than `k` training images.
+        ValueError: If `ks` is empty, not ascending, or not between 1 and N.
     """
-    if not 1 <= k <= len(train_features):
+    if not ks or list(ks) != sorted(ks) or not 1 <= ks[0] <= ks[-1] <= len(train_features):
         raise ValueError(
-            f"feature_analysis.knn_k must be between 1 and the number of training images, "
-            f"{len(train_features)}, got {k}. Lower it, or raise transfer.labels."
+            f"feature_analysis.knn_ks must ascend between 1 and the number of training images, "
+            f"{len(train_features)}, got {list(ks)}. Lower them, or raise transfer.labels."
         )
     known = functional.normalize(train_features.float(), dim=1)
+    classes = int(train_labels.max()) + 1
     chunk = max(1, SIMILARITIES_PER_CHUNK // len(known))
-    correct = 0
+    correct = [0] * len(ks)
     for some, wanted in zip(torch.split(features, chunk), torch.split(labels, chunk), strict=True):
-        nearest = (functional.normalize(some.float(), dim=1) @ known.T).topk(k, dim=1).indices
-        votes = functional.one_hot(train_labels[nearest]).sum(dim=1)
-        # Of classes with as many votes, argmax takes the first.
-        correct += int((votes.argmax(dim=1) == wanted).sum())
-    return correct / len(labels)
+        similar = functional.normalize(some.float(), dim=1) @ known.T
+        nearest = train_labels[similar.topk(ks[-1], dim=1).indices]  # the nearest one first
+        votes = nearest.new_zeros(len(some), classes)
+        for place, (before, k) in enumerate(itertools.pairwise((0, *ks))):
+            voters = nearest[:, before:k]
+            votes.scatter_add_(1, voters, torch.ones_like(voters))
+            # Of classes with as many votes, argmax takes the first.
+            correct[place] += int((votes.argmax(dim=1) == wanted).sum())
+    return [count / len(labels) for count in correct]
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

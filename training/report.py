@@ -132,7 +132,8 @@ def render(
     resumes = read_resumes(places["pretrain"]) if "pretrain" in places else []
     scores, chance = list(class_scores(results)), class_chance(results)
     pretrain = results.get("pretrain")
-    layers = results["feature_analysis"].scores["layers"] if "feature_analysis" in results else []
+    analysis = results["feature_analysis"].scores if "feature_analysis" in results else {}
+    layers = analysis.get("layers", [])
     bars = [
         figures.Bar(label=row.name, score=row.score, low=low, high=high, control=row.control)
         for row in scores
@@ -156,8 +157,12 @@ def render(
             control=TITLES["from_scratch"],
         ),
         pictures=pictures,
+        variants=results["linear_probe"].scores["variants"] if "linear_probe" in results else [],
         layers=layers,
+        neighbours=list(layers[0]["knn"]) if layers else [],
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
+        cka=analysis.get("cka"),
+        random_cka=analysis.get("random_cka"),
         prepared=list(_prepared(results, settings)),
         setting_groups=_setting_groups(settings),
         environment=list(_environment(results)),

@@ -232,8 +232,9 @@ class FromScratchSettings(RecipeSettings):
 class FeatureAnalysisSettings(Section):
     """A probe and nearest neighbours on every layer."""
 
-    knn_k: PositiveInt = 20
-    """Neighbours that vote (cosine similarity)."""
+    knn_ks: tuple[PositiveInt, ...] = Field((1, 5, 20), min_length=1)
+    """How many neighbours vote (cosine similarity); each number has a score, the largest one is
+    the headline. More than there are labelled images means all of them."""
 
 
 class CheckpointSettings(Section):

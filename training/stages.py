@@ -152,7 +152,7 @@ _ALL = (
             "features": "features",
             "data": transfer_data(settings),
         },
-        version=2,
+        version=3,
     ),
     Stage(
         name="frozen_tokens",

@@ -246,6 +246,8 @@ def _conclude(run: "wandb.Run", request: StageRequest, history: _History) -> Non
         history.add({"step": layer["layer"], **layer})
     history.flush()
     plain = {k: v for k, v in result.scores.items() if isinstance(v, int | float | str)}
+    for variant in result.scores.get("variants", ()):  # of the linear probe
+        plain[f"variants/{variant['name']}"] = variant["top1"]
     run.summary.update({**plain, **result.timing, "wall_seconds": result.wall_seconds})
     if result.files:
         kind = "report" if request.stage == "report" else "model"

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from training.probes import Heads, knn_accuracy, train_heads, wilson_interval
+from training.probes import Heads, knn_accuracies, train_heads, wilson_interval
 from training.settings import LinearProbeSettings
 
 RECIPE: dict[str, Any] = {
@@ -300,27 +300,33 @@ def test_nearest_neighbours_vote_by_angle_not_by_distance() -> None:
     train_labels = torch.tensor([0, 0, 1, 1, 1])
     # Near the last training image in distance, along the first two in angle.
     found = torch.tensor([[0.2, 0.01], [0.0, 7.0], [5.0, 4.9]])
-    assert knn_accuracy(train, train_labels, found, torch.tensor([0, 1, 1]), k=3) == 1.0
-    assert knn_accuracy(train, train_labels, found, torch.tensor([1, 1, 1]), k=3) == 2 / 3
+    assert knn_accuracies(train, train_labels, found, torch.tensor([0, 1, 1]), [3]) == [1.0]
+    assert knn_accuracies(train, train_labels, found, torch.tensor([1, 1, 1]), [3]) == [2 / 3]
 
 
-def test_nearest_neighbours_agree_with_a_sort_by_numpy() -> None:
+def test_nearest_neighbours_agree_with_a_sort_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = blobs(61, width=5, num_classes=3)
     queries, truth = blobs(23, width=5, num_classes=3, draw=1)
     a, b = features[0].double().numpy(), queries[0].double().numpy()
     cosine = (b @ a.T) / np.linalg.norm(b, axis=1)[:, None] / np.linalg.norm(a, axis=1)
-    nearest = labels.numpy()[np.argsort(-cosine, axis=1)[:, :7]]
-    votes = np.array([np.bincount(row, minlength=3).argmax() for row in nearest])
-    expected = (votes == truth.numpy()).mean()
-    assert 0.4 < expected < 1
-    assert knn_accuracy(features[0], labels, queries[0], truth, k=7) == pytest.approx(expected)
+    nearest = labels.numpy()[np.argsort(-cosine, axis=1)]
+    ks, expected = [1, 2, 7, 7, 40], []
+    for k in ks:
+        votes = np.array([np.bincount(row[:k], minlength=3).argmax() for row in nearest])
+        expected.append((votes == truth.numpy()).mean())
+    assert len(set(expected)) >= 3, "draw others, or this test shows little"
+    assert all(0.4 < share < 1 for share in expected)
+    found = knn_accuracies(features[0], labels, queries[0], truth, ks)
+    assert found == pytest.approx(expected)
+    monkeypatch.setattr("training.probes.SIMILARITIES_PER_CHUNK", 4 * 61)
+    assert knn_accuracies(features[0], labels, queries[0], truth, ks) == found
 
 
-@pytest.mark.parametrize("k", [0, 6])
-def test_more_neighbours_than_images_are_refused(k: int) -> None:
+@pytest.mark.parametrize("ks", [[], [0, 3], [5, 6], [3, 1]], ids=str)
+def test_more_neighbours_than_images_are_refused(ks: list[int]) -> None:
     features, labels = torch.eye(5), torch.arange(5)
-    with pytest.raises(ValueError, match=f"between 1 and .* 5, got {k}. Lower it"):
-        knn_accuracy(features, labels, features, labels, k=k)
+    with pytest.raises(ValueError, match=r"between 1 and .* 5, got \[.*\]. Lower them"):
+        knn_accuracies(features, labels, features, labels, ks)
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,42 @@ ENVIRONMENT = {
     "finished_at": "2026-03-14T15:09:26+00:00",
 }
 
-LAYERS = [
+LAYERS: list[dict[str, Any]] = [
     {
         "layer": k,
         "name": "embedding" if k == 0 else f"block {k}",
         "top1": 0.401 + 0.1 * k,
         "cls_top1": 0.333 + 0.111 * k,
         "knn_top1": 0.352 + 0.07 * k,
+        "knn": {"1": 0.251 + 0.01 * k, "7": 0.352 + 0.07 * k},
+        "effective_rank": 7.34 + 10.1 * k,
         "random_top1": 0.341 + 0.01 * k,
         "random_cls_top1": 0.332,
         "random_knn_top1": 0.337 + 0.002 * k,
+        "random_knn": {"1": 0.231 + 0.003 * k, "7": 0.337 + 0.002 * k},
+        "random_effective_rank": 3.21 + k,
     }
     for k in range(3)
 ]
+
+VARIANTS = [
+    {
+        "name": name,
+        "exported": exported,
+        "width": width,
+        "top1": correct / 678,
+        "correct": correct,
+        "val_top1": 0.612 + width / 10**5,
+        "random_top1": control / 678,
+    }
+    for name, exported, width, correct, control in (
+        ("class token", True, 128, 377, 250),
+        ("class token, mean of patch tokens", False, 1256, 401, 333),
+    )
+]
+
+CKA = [[1.0, 0.81, 0.432], [0.81, 1.0, 0.567], [0.432, 0.567, 1.0]]
+RANDOM_CKA = [[1.0, 0.98, 0.962], [0.98, 1.0, 0.977], [0.962, 0.977, 1.0]]
 
 SCORES: dict[str, dict[str, Any]] = {
     "prepare_data": {
@@ -58,11 +81,12 @@ SCORES: dict[str, dict[str, Any]] = {
         "random_backbone_top1": 250 / 678,
         "random_backbone_correct": 250,
         "labels": 1234,
+        "variants": VARIANTS,
     },
     "finetune_1": {"top1": 500 / 678, "correct": 500, "total": 678},
     "finetune_2": {"top1": 555 / 678, "correct": 555, "total": 678},
     "from_scratch": {"top1": 444 / 678, "correct": 444, "total": 678},
-    "feature_analysis": {"layers": LAYERS},
+    "feature_analysis": {"layers": LAYERS, "cka": CKA, "random_cka": RANDOM_CKA},
 }
 
 METRICS = {
@@ -222,15 +246,42 @@ def test_the_summary_says_what_the_tables_say(html: str) -> None:
 
 def test_every_layer_is_in_its_table(html: str) -> None:
     cells = Page(html).cells
+    heads = ["tokens", "class", "1-NN", "7-NN", "rank"]
+    start = cells.index("tokens")
+    assert cells[start - 3 : start + 10] == ["Layer", "Pretrained", "Random", *heads, *heads]
     for row in LAYERS:
         start = cells.index(str(row["name"]))
-        assert cells[start + 1 : start + 7] == [
-            f"{row[key]:.3f}"
-            for key in (
-                *("top1", "cls_top1", "knn_top1"),
-                *("random_top1", "random_cls_top1", "random_knn_top1"),
-            )
-        ]
+        expected = []
+        for prefix in ("", "random_"):
+            shares = [row[f"{prefix}top1"], row[f"{prefix}cls_top1"], *row[f"{prefix}knn"].values()]
+            expected += [f"{share:.3f}" for share in shares]
+            expected.append(f"{row[f'{prefix}effective_rank']:.1f}")
+        assert cells[start + 1 : start + 11] == expected
+
+
+def test_every_way_to_read_the_backbone_is_shown_and_the_exported_one_marked(html: str) -> None:
+    cells = Page(html).cells
+    start = cells.index("A linear head reads")
+    assert cells[start + 5 : start + 15] == [
+        *("class tokenthe linear probe above; exported", "128", "0.556", "0.369", "0.613"),
+        *("class token, mean of patch tokens", "1,256", "0.591", "0.491", "0.625"),
+    ]
+
+
+def test_how_alike_two_layers_are_is_a_number_and_a_shade(html: str) -> None:
+    for title, matrix in (("Pretrained", CKA), ("Random", RANDOM_CKA)):
+        table = html[html.index(f"<caption><b>{title}</b></caption>") :]
+        page = Page(f"<table>{table[: table.index('</table>')]}</table>")
+        assert page.cells[:4] == ["", "0", "1", "2"]
+        names = page.cells[4::4]
+        assert names == ["embedding", "block 1", "block 2"]
+        shades = [attributes["style"] for attributes in page.named("td") if "style" in attributes]
+        for row, values in enumerate(matrix):
+            written = page.cells[5 + 4 * row : 8 + 4 * row]
+            assert written == [f"{value:.2f}" for value in values]
+            assert shades[3 * row : 3 * row + 3] == [
+                f"--share: {value:.3f}; --hue: var(--accent)" for value in values
+            ]
 
 
 def test_data_settings_times_and_environment_are_recorded(html: str) -> None:

@@ -98,7 +98,7 @@ def test_values_are_read_as_people_write_them(text: str, value: object) -> None:
         ("preset=[drawn]", "preset must be one of"),
         ("pretrain.epoch=3", "pretrain.epoch is not a setting. Did you mean pretrain.epochs?"),
         ("modle.depth=3", "Did you mean model.depth?"),
-        ("model.knn_k=3", "Did you mean feature_analysis.knn_k?"),
+        ("model.knn_ks=[3]", "Did you mean feature_analysis.knn_ks?"),
         ("pretrain.epochs=0", "pretrain.epochs must be greater than or equal to 1, got 0"),
         ("pretrain.epochs=many", "pretrain.epochs must be a valid integer"),
         ("pretrain.base_lr=-1", "pretrain.base_lr must be greater than 0, got -1"),

@@ -389,6 +389,11 @@ def test_every_stage_with_scores_is_a_run_of_one_group(pipeline: Pipeline) -> No
         plain = {k: v for k, v in results[name].scores.items() if isinstance(v, int | float | str)}
         assert plain.items() <= run.summary.items()
         assert run.config["seed"]["value"] == 0
+    probe = results["linear_probe"].scores["variants"]
+    told_of_probe = told["linear_probe"].summary
+    assert {
+        f"variants/{row['name']}": row["top1"] for row in probe
+    }.items() <= told_of_probe.items()
 
 
 @pytest.mark.slow
@@ -414,6 +419,8 @@ def test_layers_are_rows_with_the_layer_as_step(pipeline: Pipeline) -> None:
     for row, layer in zip(rows, layers, strict=True):
         assert row["top1"] == pytest.approx(layer["top1"])
         assert row["random_knn_top1"] == pytest.approx(layer["random_knn_top1"])
+        assert row["knn"] == pytest.approx(layer["knn"])
+        assert row["effective_rank"] == pytest.approx(layer["effective_rank"])
 
 
 @pytest.mark.slow

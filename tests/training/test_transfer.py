@@ -5,17 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from data.loaders import eval_batches
 from models.export import load_model
 from training import finetune, stage_files, store
 from training.configure import validate
 from training.evaluation import evaluate
+from training.feature_geometry import linear_cka
+from training.features import open_features
 from training.hardware import Hardware
 from training.images import open_labelled
+from training.linear_probe import train_probe
 from training.network import build_model
+from training.probe_variants import probe_variants
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS
@@ -193,11 +199,33 @@ def test_from_scratch_trains_everything_and_needs_no_pretraining(
     assert found == pytest.approx(result.scores["top1"])
 
 
+def test_the_probe_reads_the_backbone_in_other_ways_besides(
+    pretrained: dict[str, StageResult], tiny_settings: Settings
+) -> None:
+    scores = pretrained["linear_probe"].scores
+    exported, *others = scores["variants"]
+    assert [row["exported"] for row in scores["variants"]] == [True, False, False, False, False]
+    for name in ("top1", "correct", "val_top1", "lr", "weight_decay"):
+        assert exported[name] == scores[name]
+    assert exported["random_top1"] == scores["random_backbone_top1"]
+    assert [row["width"] for row in (exported, *others)] == [12, 12, 24, 24, 36]
+    # Each is what its own reading of the recorded features gives.
+    images = open_labelled(pretrained["prepare_data"].directory, tiny_settings)
+    for backbone, key in (("pretrained", "top1"), ("random", "random_top1")):
+        features = open_features(pretrained["features"].directory, backbone, images)  # type: ignore[arg-type]
+        for variant, row in zip(probe_variants(2), scores["variants"], strict=True):
+            assert variant.name == row["name"]
+            alone = train_probe(features, tiny_settings, num_classes=3, read=variant.read)
+            assert alone.correct / 21 == row[key]
+            assert alone.weight.shape == (3, row["width"])
+
+
 def test_the_analysis_scores_every_layer_and_the_embedding_class_token_is_at_chance(
     run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
 ) -> None:
     results = run_stages(tiny_settings, tmp_path / "outputs", "feature_analysis")
-    layers = results["feature_analysis"].scores["layers"]
+    scores = results["feature_analysis"].scores
+    layers = scores["layers"]
     assert [row["name"] for row in layers] == ["embedding", "block 1", "block 2"]
     for prefix in ("", "random_"):
         # Before attention the class token has seen no pixel: one answer for all 21 images.
@@ -206,6 +234,32 @@ def test_the_analysis_scores_every_layer_and_the_embedding_class_token_is_at_cha
         for name in ("top1", "cls_top1", "knn_top1", "random_top1", "random_knn_top1"):
             assert 0 <= row[name] <= 1
             assert (row[name] * 21) == pytest.approx(round(row[name] * 21)), "21 test images"
+    images = open_labelled(results["prepare_data"].directory, tiny_settings)
+    for backbone, prefix in (("pretrained", ""), ("random", "random_")):
+        features = open_features(results["features"].directory, backbone, images)  # type: ignore[arg-type]
+        for row, known, asked in zip(layers, features.train.mean, features.test.mean, strict=True):
+            witness = KNeighborsClassifier(n_neighbors=3, metric="cosine")
+            witness.fit(known.numpy(), features.train.labels.numpy())
+            score = witness.score(asked.numpy(), features.test.labels.numpy())
+            assert row[f"{prefix}knn"]["3"] == row[f"{prefix}knn_top1"] == pytest.approx(score)
+            assert list(row[f"{prefix}knn"]) == ["1", "3"]
+            singular = np.linalg.svd(asked.numpy() - asked.numpy().mean(axis=0), compute_uv=False)
+            shares = singular / singular.sum()
+            rank = np.exp(-(shares * np.log(shares)).sum())
+            assert row[f"{prefix}effective_rank"] == pytest.approx(rank, rel=1e-4)
+        cka = np.array(scores[f"{prefix}cka"])
+        assert cka.shape == (3, 3)
+        assert cka == pytest.approx(np.array(linear_cka(features.test.mean)))
+
+
+def test_more_neighbours_than_labelled_images_are_all_of_them(
+    run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = validate(merge(tiny_values, {"feature_analysis": {"knn_ks": [99, 30, 1]}}))
+    scores = run_stages(settings, tmp_path / "outputs", "feature_analysis")["feature_analysis"]
+    for row in scores.scores["layers"]:
+        assert list(row["knn"]) == ["1", "30", "99"]
+        assert row["knn"]["30"] == row["knn"]["99"] == pytest.approx(1 / 3), "30 labelled images"
 
 
 def test_two_probes_of_the_same_backbone_are_the_same(
