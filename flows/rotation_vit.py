@@ -24,6 +24,7 @@ from tasks.feature_analysis import feature_analysis
 from tasks.features import features
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
+from tasks.label_efficiency import label_efficiency
 from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
@@ -49,6 +50,7 @@ TASKS: dict[str, StageTask] = {
     "finetune_2": finetune.with_options(name="finetune-2"),
     "from_scratch": from_scratch,
     "feature_analysis": feature_analysis,
+    "label_efficiency": label_efficiency,
     "report": report,
 }
 """The task that delivers each stage, in the order in which they run."""

@@ -17,6 +17,7 @@ from training import figures, report_pictures, store
 from training.configure import flatten
 from training.hardware import decide
 from training.images import copies_in_pretraining
+from training.label_curves import label_chart, label_curves
 from training.metrics_file import METRICS, read_metrics
 from training.report_pictures import Pictures
 from training.report_scores import TITLES, class_chance, class_scores, rotation_score, summary
@@ -133,6 +134,7 @@ def render(
     scores, chance = list(class_scores(results)), class_chance(results)
     pretrain = results.get("pretrain")
     layers = results["feature_analysis"].scores["layers"] if "feature_analysis" in results else []
+    curves = label_curves(results)
     bars = [
         figures.Bar(label=row.name, score=row.score, low=low, high=high, control=row.control)
         for row in scores
@@ -158,6 +160,9 @@ def render(
         pictures=pictures,
         layers=layers,
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
+        curves=curves,
+        label_counts=sorted({count for curve in curves for count in curve.scores}),
+        label_chart=label_chart(curves, chance=chance) if curves else None,
         prepared=list(_prepared(results, settings)),
         setting_groups=_setting_groups(settings),
         environment=list(_environment(results)),

@@ -18,6 +18,7 @@ TITLES = {
     "finetune_2": "Fine-tune, last two blocks",
     "from_scratch": "From scratch",
     "feature_analysis": "Feature analysis",
+    "label_efficiency": "Label efficiency",
 }
 """What people read for each stage, in the order of the report."""
 

@@ -223,6 +223,26 @@ class FeatureAnalysisSettings(Section):
     """Neighbours that vote (cosine similarity)."""
 
 
+class EvaluationSettings(Section):
+    """How much of what is measured is chance, and how it grows with the labels."""
+
+    label_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.05, 0.1, 0.5, 1.0), min_length=1
+    )
+    """Shares of the train split's labels that the curves of label efficiency have points at,
+    ascending: nested subsets, stratified, with an image of each class at least."""
+
+    @model_validator(mode="after")
+    def _fractions_ascend(self) -> Self:
+        fractions = self.label_fractions
+        if list(fractions) != sorted(set(fractions)):
+            raise ValueError(
+                "evaluation.label_fractions must ascend, each a fraction once, got "
+                f"{list(fractions)}. Try {sorted(set(fractions))}."
+            )
+        return self
+
+
 class CheckpointSettings(Section):
     """When training saves its state, and when it gives up. Cannot change results."""
 
@@ -279,6 +299,7 @@ class Settings(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     from_scratch: FromScratchSettings = FromScratchSettings()
     feature_analysis: FeatureAnalysisSettings = FeatureAnalysisSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     hardware: HardwareSettings = HardwareSettings()
     tracking: TrackingSettings = TrackingSettings()

@@ -244,6 +244,8 @@ def _conclude(run: "wandb.Run", request: StageRequest, history: _History) -> Non
     result = StageResult.model_validate_json(content)
     for layer in result.scores.get("layers", ()):  # of the feature analysis, which has no steps
         history.add({"step": layer["layer"], **layer})
+    for point in result.scores.get("points", ()):  # of the curve over labels
+        history.add({"step": point["labels"], **point})
     history.flush()
     plain = {k: v for k, v in result.scores.items() if isinstance(v, int | float | str)}
     run.summary.update({**plain, **result.timing, "wall_seconds": result.wall_seconds})

@@ -67,6 +67,11 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
     if name == "feature_analysis":
         best = max(row["layers"], key=lambda layer: float(layer["top1"]))
         return f"best at {best['name']}: top-1 {best['top1']:.2f}"
+    if name == "label_efficiency":
+        few, many = row["points"][0], row["points"][-1]
+        ends = f"{few['labels']:,} to {many['labels']:,} labels"
+        random = f"{few['random_top1']:.2f} to {many['random_top1']:.2f}"
+        return f"top-1 {few['top1']:.2f} to {many['top1']:.2f} with {ends} (random {random})"
     if "rotation_accuracy" in row:
         return f"rotation accuracy {row['rotation_accuracy']:.2f}"
     if "random_backbone_top1" in row:

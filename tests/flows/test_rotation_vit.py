@@ -107,7 +107,7 @@ def test_a_damaged_byte_computes_that_stage_again_and_says_why(
 
 def test_until_runs_a_stage_and_what_it_needs(outputs: Path, tiny_settings: Settings) -> None:
     results = rotation_vit(tiny_settings, outputs, until="linear-probe")
-    assert list(results["stages"]) == ["prepare_data", "pretrain", "linear_probe"]
+    assert list(results["stages"]) == ["prepare_data", "pretrain", "features", "linear_probe"]
 
 
 def test_refresh_computes_a_stage_from_the_beginning(
@@ -129,6 +129,7 @@ def test_another_transfer_source_is_prepared_by_a_stage_of_its_own(
         "prepare_data": "cached",
         "prepare_transfer_data": "computed",
         "pretrain": "cached",
+        "features": "computed",
         "linear_probe": "computed",
     }
 

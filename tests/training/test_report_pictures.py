@@ -114,7 +114,8 @@ def test_the_page_of_a_run_has_all_of_them(stored_page: Path) -> None:
     page = Page(html)
     assert {
         *("Scores on test", "Pretraining", "Which way up?", "What each layer knows"),
-        *("Where it looks", "Features, by class", "Training on labels", "Data"),
+        *("With few labels, and with many", "Where it looks", "Features, by class"),
+        *("Training on labels", "Data"),
         *("Settings", "Times", "Environment"),
     } == set(page.headings)
     images = page.named("img")

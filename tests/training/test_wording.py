@@ -71,3 +71,14 @@ def test_a_download_is_said_with_images_and_size() -> None:
     small = {"counts": {"train": 8}, "bytes": 131_400}
     assert scores_in_words("download_transfer", small) == "8 train images, 131 kB"
     assert scores_in_words("download", {"counts": {}, "bytes": 0}) == "nothing to download"
+
+
+def test_a_curve_is_said_with_its_ends() -> None:
+    points = [
+        {"labels": 30, "top1": 0.351, "random_top1": 0.143},
+        {"labels": 300, "top1": 0.456, "random_top1": 0.199},
+        {"labels": 3000, "top1": 0.651, "random_top1": 0.252},
+    ]
+    assert scores_in_words("label_efficiency", {"points": points}) == (
+        "top-1 0.35 to 0.65 with 30 to 3,000 labels (random 0.14 to 0.25)"
+    )
