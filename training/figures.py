@@ -113,6 +113,7 @@ class Line:
         colour: Of line and markers.
         marker: Of matplotlib's, at each point; none for none.
         control: Whether it is there to be compared with: dashed, its markers hollow.
+        spread: Half the length of a whisker at each point, where there are any.
     """
 
     label: str
@@ -121,6 +122,7 @@ class Line:
     colour: str = BLUE
     marker: str | None = None
     control: bool = False
+    spread: Sequence[float] = ()
 
     @property
     def course(self) -> str:
@@ -128,12 +130,15 @@ class Line:
         return f"{self.label} from {self.y[0]:.3f} to {self.y[-1]:.3f}"
 
 
-def score_chart(bars: Sequence[Bar], *, chance: float | None) -> Drawing:
+def score_chart(
+    bars: Sequence[Bar], *, chance: float | None, whiskers: str = "95% intervals"
+) -> Drawing:
     """Draw scores as dots with whiskers, one row each, from the top down.
 
     Args:
         bars: At least one.
         chance: Score of guessing.
+        whiskers: What they are.
     """
     with matplotlib.rc_context(_STYLE_SHEET):
         figure = Figure(figsize=(4.9, 0.7 + 0.32 * len(bars)), layout="constrained")
@@ -167,7 +172,7 @@ def score_chart(bars: Sequence[Bar], *, chance: float | None) -> Drawing:
             figure,
             name="scores",
             alt=f"Top-1 on test, each with its interval: {scores}.",
-            caption="Top-1 on test with 95% intervals. Hollow: controls."
+            caption=f"Top-1 on test with {whiskers}. Hollow: controls."
             + (" Dotted: guessing." if chance is not None else ""),
         )
 
@@ -379,6 +384,8 @@ def _add_line(axes: Axes, line: Line) -> None:
         markersize=4.5,
         markerfacecolor=_PAPER if line.control else line.colour,
     )
+    for x, y, half in zip(line.x, line.y, line.spread, strict=False):
+        axes.plot([x, x], [y - half, y + half], color=line.colour, linewidth=1.2)
 
 
 def _add_marks(axes: Axes, places: Sequence[float]) -> None:

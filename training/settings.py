@@ -226,11 +226,24 @@ class FeatureAnalysisSettings(Section):
 class EvaluationSettings(Section):
     """How much of what is measured is chance, and how it grows with the labels."""
 
+    seeds: PositiveInt = 1
+    """Seeds that everything trained on labels is done with: `seed` and those that follow it. With
+    several, mean and standard deviation are reported."""
+    pretraining: Literal["shared", "own"] = "shared"
+    """Whether all seeds start from the one backbone of `seed`, or each pretrains its own. Shared
+    says how much the training on labels varies, own how much the whole method does."""
     label_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.01, 0.05, 0.1, 0.5, 1.0), min_length=1
     )
     """Shares of the train split's labels that the curves of label efficiency have points at,
     ascending: nested subsets, stratified, with an image of each class at least."""
+    trained_curves: bool = False
+    """Fine-tune (the last two blocks) and train from scratch at each of these points too, under
+    every seed; in batches of all the labels where there are fewer than a batch. Off by default:
+    it takes as many trainings."""
+    least_steps: PositiveInt = 300
+    """Optimiser steps that a training of these curves takes at least, in more epochs where few
+    labels make few steps; neither arm would have learned much otherwise."""
 
     @model_validator(mode="after")
     def _fractions_ascend(self) -> Self:
@@ -317,6 +330,15 @@ class Settings(Section):
                 + nearest(str(name), PRESETS)
             )
         return merge(PRESETS[name].values, given)
+
+    @model_validator(mode="after")
+    def _seeds_are_seeds(self) -> Self:
+        if self.seed + self.evaluation.seeds > 2**31:
+            raise ValueError(
+                f"seed + evaluation.seeds must be at most {2**31}, got {self.seed} and "
+                f"{self.evaluation.seeds}. Lower one of them."
+            )
+        return self
 
     @property
     def prepared_size(self) -> int:

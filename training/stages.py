@@ -191,7 +191,7 @@ _ALL = (
     Stage(
         name="report",
         summary="Tables and figures of all stages as one page.",
-        reads=("preset", "seed"),
+        reads=("preset", "seed", "evaluation"),
         needs=_needs_report,
         version=2,
     ),

@@ -150,7 +150,7 @@ def _tell(request: StageRequest, mode: str, training: int, ending: _Ending) -> N
     note = _Note(request)
     run = _open(request, mode, training, ending, note)
     if run.url:
-        _say(logging.INFO, f"{request.stage} in W&B: {run.url}")
+        _say(logging.INFO, f"{request.title} in W&B: {run.url}")
     # Online, W&B knows best: what was on its way when an earlier attempt died may be lost.
     history = _History(run, note.told if run.offline else run.starting_step - 1)
     tail = MetricsTail(request.directory)
@@ -207,7 +207,7 @@ def _init(
         entity=settings.tracking.wandb_entity or os.environ.get("WANDB_ENTITY"),
         group=request.run or None,
         job_type=request.stage,
-        name=request.stage,
+        name=request.title,
         id=note.run_id,
         resume="allow" if mode == "online" else None,
         mode="offline" if mode == "offline" else "online",

@@ -63,9 +63,9 @@ def test_ten_times_the_labels_are_as_far_everywhere() -> None:
 
 def test_a_control_has_the_colour_of_what_it_is_compared_with() -> None:
     curves = [
-        Curve(name="a", scores={1: 0.1, 2: 0.2}),
-        Curve(name="a, random", scores={1: 0.1, 2: 0.1}, control=True),
-        Curve(name="b", scores={1: 0.3, 2: 0.4}),
+        Curve(name="a", scores={1: 0.1, 2: 0.2}, spread={}),
+        Curve(name="a, random", scores={1: 0.1, 2: 0.1}, spread={}, control=True),
+        Curve(name="b", scores={1: 0.3, 2: 0.4}, spread={}),
     ]
     drawing = label_chart(curves, chance=None)
     assert len(places(drawing, "var(--accent)", dashed=True)) == 2
