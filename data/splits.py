@@ -1,6 +1,7 @@
 """Training, validation and test images, divided the same way on every machine."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from data.prepared import PreparedData, PreparedSplit
 from data.randomness import order_by, uniform
-from data.records import DatasetError
+from data.records import DatasetError, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,45 @@ def take_labelled(subset: Subset, count: int | None, seed: int) -> Subset:
     return Subset(subset.split, np.sort(subset.indices[order[:count]]))
 
 
+def train_size(
+    counts: Mapping[Split, int] | Mapping[str, int], *, val_fraction: float, test_fraction: float
+) -> int:
+    """Return how many images `split` leaves in train, known from the counts alone.
+
+    Args:
+        counts: Images by split of the source: `train`, and `test` where it brings one.
+        val_fraction: As for `split`.
+        test_fraction: As for `split`.
+    """
+    images = counts["train"]
+    if "test" not in counts:
+        images -= _count(test_fraction, images)
+    return images - _count(val_fraction, images)
+
+
+def label_counts(fractions: Sequence[float], images: int, classes: int) -> dict[int, float]:
+    """Return how many labelled images each fraction of a train split stands for.
+
+    At least one of each class; a fraction that comes to as many images as the one before it is
+    left out.
+
+    Args:
+        fractions: Of the images, in (0, 1], ascending.
+        images: In the train split.
+        classes: That these images are of.
+
+    Returns:
+        The fraction of each number of images, ascending; `take_labelled` draws that many.
+    """
+    found: dict[int, float] = {}
+    for fraction in fractions:
+        found.setdefault(min(images, max(classes, round(fraction * images))), fraction)
+    return found
+
+
 def _take_out(subset: Subset, fraction: float, seed: int, part: str) -> tuple[Subset, Subset]:
     """Return the part taken out, and what is left."""
-    # Rounded before rounding up, or 0.07 * 100 would count as more than 7.
-    count = math.ceil(round(fraction * len(subset), 6))
+    count = _count(fraction, len(subset))
     if not (0 < fraction < 1 and 0 < count < len(subset)):
         raise DatasetError(
             f"data.{part}_fraction must leave images on both sides, {fraction} of {len(subset)} "
@@ -131,6 +167,11 @@ def _take_out(subset: Subset, fraction: float, seed: int, part: str) -> tuple[Su
     ties = np.flatnonzero(share == largest)
     taken[ties[: count - np.count_nonzero(taken)]] = True
     return Subset(subset.split, subset.indices[taken]), Subset(subset.split, subset.indices[~taken])
+
+
+def _count(fraction: float, images: int) -> int:
+    # Rounded before rounding up, or 0.07 * 100 would count as more than 7.
+    return math.ceil(round(fraction * images, 6))
 
 
 def _ranks(

@@ -54,6 +54,11 @@ SeedOption = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Of weights, order and augmentation.")
 ]
 
+SeedsOption = Annotated[
+    int | None,
+    typer.Option("--seeds", metavar="N", help="How many seeds, for means and their spread."),
+]
+
 
 class RunFailedError(RuntimeError):
     """A stage failed, and not by a user's mistake."""
@@ -127,6 +132,7 @@ def run(
     overrides: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     seed: SeedOption = None,
+    seeds: SeedsOption = None,
     until: Annotated[
         str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")
     ] = None,
@@ -138,7 +144,7 @@ def run(
     ] = None,
 ) -> None:
     """Run all stages."""
-    settings = _settings(preset, config, overrides, seed)
+    settings = _settings(preset, config, overrides, seed, seeds)
     _run(settings, outputs, until=until, refresh=refresh or ())
 
 
@@ -150,8 +156,9 @@ def _add_stage_command(stage: Stage) -> None:
         overrides: SetOption = None,
         outputs: OutputsOption = Path("outputs"),
         seed: SeedOption = None,
+        seeds: SeedsOption = None,
     ) -> None:
-        settings = _settings(preset, config, overrides, seed)
+        settings = _settings(preset, config, overrides, seed, seeds)
         _run(settings, outputs, until=stage.name, refresh=())
 
 
@@ -172,6 +179,7 @@ def report(
     overrides: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     seed: SeedOption = None,
+    seeds: SeedsOption = None,
     so_far: Annotated[
         bool,
         typer.Option(
@@ -181,7 +189,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Run the stages that are missing, then write the report; with --open show it."""
-    settings = _settings(preset, config, overrides, seed)
+    settings = _settings(preset, config, overrides, seed, seeds)
     outputs = outputs.expanduser().resolve()
     if so_far:
         from training.report import write_so_far
@@ -207,9 +215,10 @@ def status(
     overrides: SetOption = None,
     outputs: OutputsOption = Path("outputs"),
     seed: SeedOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Say what is cached, partial or missing."""
-    settings = _settings(preset, config, overrides, seed)
+    settings = _settings(preset, config, overrides, seed, seeds)
     rows = list(_states(settings, outputs.expanduser().resolve()))
     from rich.console import Console
 
@@ -235,10 +244,11 @@ def config(
     overrides: SetOption = None,
     outputs: Annotated[Path | None, typer.Option("--outputs", hidden=True)] = None,
     seed: SeedOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Print all settings as YAML that --config accepts."""
     # --outputs is no setting; it is taken so that the options of a run can be pasted here.
-    settings = _settings(preset, config, overrides, seed)
+    settings = _settings(preset, config, overrides, seed, seeds)
     from training.configure import to_yaml
 
     typer.echo(to_yaml(settings), nl=False)
@@ -248,11 +258,16 @@ model_commands.add_to(app)
 
 
 def _settings(
-    preset: str | None, config: Path | None, overrides: Sequence[str] | None, seed: int | None
+    preset: str | None,
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    seed: int | None,
+    seeds: int | None,
 ) -> "Settings":
     from training.configure import build_settings
 
-    return build_settings(preset, config=config, overrides=overrides or (), seed=seed)
+    given = [*(overrides or ()), *([] if seeds is None else [f"evaluation.seeds={seeds}"])]
+    return build_settings(preset, config=config, overrides=given, seed=seed)
 
 
 def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]) -> None:
@@ -301,30 +316,28 @@ def _compute(
 def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:
     """Yield stage, state and why, in words, in the order in which stages run."""
     from training import store
-    from training.store import StageResult
+    from training.steps import Found, steps
     from training.wording import scores_in_words
 
-    results: dict[str, StageResult] = {}
+    found = Found()
     directories = set()
-    for stage in plan(settings):
-        lacking = [name for name in stage.needs(settings).values() if name not in results]
-        if lacking:
-            yield _title(stage.name), "missing", f"needs {_title(lacking[0])}"
+    for step in steps(settings, outputs, found):
+        title = _title(step.title)
+        if step.request is None:
+            yield title, "missing", f"needs {_title(step.lacking)}"
             continue
-        request = store.make_request(stage, settings, outputs, results)
-        verdict = store.inspect(request)
+        verdict = store.inspect(step.request)
         if verdict.result:
-            results[stage.name] = verdict.result
-        if request.directory in directories:  # the same images prepared for both purposes
+            found.add(verdict.result, step.request.variant)
+        if step.request.directory in directories:  # the same images prepared for both purposes
             continue
-        directories.add(request.directory)
+        directories.add(step.request.directory)
         if verdict.result:
-            words = scores_in_words(stage.name, verdict.result.scores)
-            yield _title(stage.name), verdict.state, words
+            yield title, verdict.state, scores_in_words(step.stage.name, verdict.result.scores)
         elif verdict.state == "partial":
-            yield _title(stage.name), f"partial at step {verdict.step}", "resumes there"
+            yield title, f"partial at step {verdict.step}", "resumes there"
         else:
-            yield _title(stage.name), verdict.state, verdict.why
+            yield title, verdict.state, verdict.why
 
 
 @contextmanager

@@ -18,7 +18,16 @@ from data.records import printable
 from training import progress
 from training.presets import Preset
 from training.progress import Progress
-from training.wording import Pace, duration, scores_in_words, stage_title, turn_in_words
+from training.wording import (
+    Pace,
+    duration,
+    scores_in_words,
+    seeds_in_words,
+    spread_in_words,
+    stage_title,
+    turn_in_words,
+    variant_in_words,
+)
 
 if TYPE_CHECKING:
     from training.upright import Photo
@@ -139,12 +148,17 @@ def closing_table(results: Mapping[str, Any]) -> Table:
         if row["directory"] in seen:  # pretraining and transfer on the same prepared images
             continue
         seen.add(row["directory"])
+        words = [scores_in_words(name, row), seeds_in_words(name, results)]
         table.add_row(
             stage_title(name),
-            scores_in_words(name, row),
+            "\n".join(filter(None, words)),
             _coloured(row["status"]),
             duration(row["wall_seconds"]),
         )
+    for name, variant in results.get("variants", {}).items():
+        scores, state, seconds = variant_in_words(variant["stages"])
+        table.add_row(name, scores, _coloured(state), duration(seconds))
+    table.caption, table.caption_justify = spread_in_words(results) or None, "left"
     return table
 
 

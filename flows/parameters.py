@@ -49,4 +49,7 @@ def run_name() -> str:
     except ValueError:  # the run will fail on it, and say why
         return "unusable settings"
     source = settings.data.source.rpartition("/")[2]
-    return f"{settings.preset} · {source} · seed {settings.seed}"
+    seeds = f"seed {settings.seed}"
+    if settings.evaluation.seeds > 1:
+        seeds = f"seeds {settings.seed} to {settings.seed + settings.evaluation.seeds - 1}"
+    return f"{settings.preset} · {source} · {seeds}"

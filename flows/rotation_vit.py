@@ -25,15 +25,17 @@ from tasks.features import features
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
 from tasks.frozen_tokens import frozen_tokens
+from tasks.label_efficiency import label_efficiency
 from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
 from tasks.report import report
 from tasks.wandb_secret import wandb_key_of_secret
-from training import attempts, preflight, store
+from training import attempts, preflight
 from training.run_record import RunRecord
 from training.settings import Settings
 from training.stages import plan, refreshed
+from training.steps import steps
 from training.wandb_key import HOW_TO_TURN_ON, is_off_for_want_of_a_key
 
 logger = logging.getLogger("training.flow")
@@ -51,6 +53,7 @@ TASKS: dict[str, StageTask] = {
     "finetune_2": finetune.with_options(name="finetune-2"),
     "from_scratch": from_scratch,
     "feature_analysis": feature_analysis,
+    "label_efficiency": label_efficiency,
     "report": report,
 }
 """The task that delivers each stage, in the order in which they run."""
@@ -98,7 +101,7 @@ def run_stages(
         settings: Everything that the run depends on.
         outputs: Absolute.
         until: Last stage to run, with what it needs; none for all of them.
-        refresh: Stages to compute again from the beginning.
+        refresh: Stages to compute again from the beginning, under every seed.
 
     Returns:
         The content of the run's `results.json`.
@@ -110,23 +113,23 @@ def run_stages(
         go_on_after_crash()
     with suppress(Exception):  # other runs' business must not end this one
         tidy_up_after_others()
-    stages = plan(settings, until)
-    again = refreshed(refresh, stages)
+    again = refreshed(refresh, plan(settings, until))
     preflight.check(settings, outputs, until)
     if is_off_for_want_of_a_key(settings.tracking):
         logger.info(HOW_TO_TURN_ON)
     with wandb_key_of_secret(settings.tracking):
         record = RunRecord(settings, outputs, until=until, command=_command())
         try:
-            for stage in stages:
-                request = store.make_request(stage, settings, outputs, record.stages, record.name)
+            for step in steps(settings, outputs, record.found, until, record.name):
+                stage, request = step.stage, step.request
+                assert request  # of all that it needs, the results have been added
                 record.begin(request)
                 if stage.name in again:
                     attempts.refresh(request, str(flow_run.id))
-                record.add(deliver(TASKS[stage.name], request))
+                record.add(deliver(TASKS[stage.name], request), step.variant)
                 if stage.name.startswith("download"):  # now it is known what the images are
                     preflight.check(settings, outputs, until)
-                publish(record.results(), stage.name, record.directory)
+                publish(record.results(), request, record.directory)
         except BaseException:
             with suppress(OSError):  # a full disk must not hide what has ended the run
                 record.write(state="failed")

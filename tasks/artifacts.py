@@ -12,33 +12,43 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from training.metrics_file import read_metrics
 from training.resumes import read_resumes
-from training.wording import duration, scores_in_words, stage_title
+from training.store import StageRequest
+from training.wording import (
+    duration,
+    scores_in_words,
+    seeds_in_words,
+    spread_in_words,
+    stage_title,
+    variant_in_words,
+)
 
 logger = logging.getLogger("training.artifacts")
 
 
-def publish(results: Mapping[str, Any], newest: str, run_directory: Path) -> None:
+def publish(results: Mapping[str, Any], newest: StageRequest, run_directory: Path) -> None:
     """Show the results so far; a server that does not take them costs nothing else.
 
     Args:
         results: Content of `results.json`.
-        newest: The stage that was finished last; its figures are shown.
+        newest: Of the stage that was finished last; its figures are shown.
         run_directory: Where the report is, or will be.
     """
     key = "results-" + str(results["run"]).lower()
     try:
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             page = results_page(results, newest, run_directory)
-            create_markdown_artifact(page, key=key, description=f"After {stage_title(newest)}")
-            if newest == "feature_analysis":
-                rows = layer_rows(results["stages"][newest]["layers"])
+            create_markdown_artifact(
+                page, key=key, description=f"After {stage_title(newest.title)}"
+            )
+            if newest.stage == "feature_analysis":
+                rows = layer_rows(results["stages"][newest.stage]["layers"])
                 create_table_artifact(rows, key=f"layers-{key}", description="What layers know")
     except Exception as error:  # whatever the server does, the run goes on
         logger.warning("Results are not shown in Prefect's UI: %s", error)
 
 
-def results_page(results: Mapping[str, Any], newest: str, run_directory: Path) -> str:
-    """Return the table of all stages, the newest one's figures and the report's address."""
+def results_page(results: Mapping[str, Any], newest: StageRequest, run_directory: Path) -> str:
+    """Return the tables of stages and variants, the newest one's figures, the report's address."""
     lines = [
         f"# {results['preset']}, seed {results['seed']}",
         "",
@@ -46,11 +56,15 @@ def results_page(results: Mapping[str, Any], newest: str, run_directory: Path) -
         "|---|---|---|---|",
     ]
     for name, row in results["stages"].items():
-        score = scores_in_words(name, row)
+        score = "; ".join(filter(None, (scores_in_words(name, row), seeds_in_words(name, results))))
         state, time = row["status"], duration(row["wall_seconds"])
         lines.append(f"| {stage_title(name)} | {score} | {state} | {time} |")
-    lines.append("")
-    for alt, picture in _figures(newest, results["stages"][newest]):
+    for name, variant in results.get("variants", {}).items():
+        scores, state, seconds = variant_in_words(variant["stages"])
+        lines.append(f"| {name} | {scores} | {state} | {duration(seconds)} |")
+    lines += ["", spread_in_words(results), ""]
+    of = results["variants"][newest.variant] if newest.variant else results
+    for alt, picture in _figures(newest.stage, of["stages"][newest.stage]):
         uri = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         lines += [f"![{alt}]({uri})", ""]
     report = run_directory / "report" / "index.html"

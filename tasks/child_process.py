@@ -52,7 +52,7 @@ def run_in_child(request: StageRequest) -> StageResult:
     """
     with (
         stage_files.full_disk_explained(request.outputs),
-        locked(attempts.lock_path(request), what=request.stage),
+        locked(attempts.lock_path(request), what=request.title),
     ):
         found = attempts.begin(request)
     if found:
@@ -123,13 +123,13 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
     if code == 0 and "result" in events:
         return StageResult.model_validate(events["result"])
     if code == EXIT_RESUME:
-        raise StageStoppedError(f"{request.stage} was stopped and has saved its state.")
+        raise StageStoppedError(f"{request.title} was stopped and has saved its state.")
     reached = attempts.progress_on_disk(request)
     if "error" in events:
         name, message = events["error"]["type"], events["error"]["message"]
         if name in ERRORS_BY_NAME:
             raise ERRORS_BY_NAME[name](message)
-        raise StageFailedError(f"{request.stage} failed with {name}: {message}", reached=reached)
+        raise StageFailedError(f"{request.title} failed with {name}: {message}", reached=reached)
     if code == SERVER_DIED:
         raise StageFailedError(
             f"The server that {request.stage} was forked from has died, and the stage with it, "
@@ -145,8 +145,8 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
             else ""
         )
         raise StageFailedError(
-            f"The process of {request.stage} was ended by {cause}{hint}.", reached=reached
+            f"The process of {request.title} was ended by {cause}{hint}.", reached=reached
         )
     raise StageFailedError(
-        f"The process of {request.stage} ended with exit status {code}.", reached=reached
+        f"The process of {request.title} ended with exit status {code}.", reached=reached
     )

@@ -61,7 +61,7 @@ def stage_task(
 
         made: StageTask = task(
             name=function.__name__.replace("_", "-"),
-            task_run_name="{request.stage}",
+            task_run_name="{request.title}",
             cache_key_fn=_cache_key,
             persist_result=True,
             result_serializer="json",

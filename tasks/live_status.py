@@ -52,7 +52,7 @@ class LiveStatus:
 
     def __call__(self, report: Progress) -> None:
         """Take a report of progress in."""
-        if report.stage != self._request.stage:
+        if report.stage != self._request.title:
             return
         if report.resumed_from and not self._resumed:
             self._resumed = True

@@ -55,7 +55,7 @@ def refresh(request: StageRequest, run_id: str) -> None:
         run_id: Of the flow run, the same in all attempts at it.
     """
     marker = lock_path(request).with_suffix(".refreshed")
-    with locked(lock_path(request), what=request.stage):
+    with locked(lock_path(request), what=request.title):
         before = marker.read_text() if marker.is_file() else ""
         if before == run_id:
             return
@@ -64,7 +64,7 @@ def refresh(request: StageRequest, run_id: str) -> None:
             logger.warning(
                 "%s goes on at step %d of the refresh that was interrupted. To begin it anew, "
                 "delete %s.",
-                request.stage,
+                request.title,
                 step,
                 request.directory,
             )
@@ -93,7 +93,7 @@ def progress_on_disk(request: StageRequest) -> int:
 
 def _clear(request: StageRequest, verdict: Verdict) -> None:
     directory = request.directory
-    logger.warning("%s is computed again: %s.", request.stage, verdict.why)
+    logger.warning("%s is computed again: %s.", request.title, verdict.why)
     if request.stage.startswith("download"):
         (directory / "result.json").unlink(missing_ok=True)  # sound files are kept
         return

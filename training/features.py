@@ -76,6 +76,14 @@ class Features:
         """Return the same features on a device."""
         return Features(self.rows.to(device), self.labels.to(device))
 
+    def headline(self) -> "Features":
+        """Return what a head reads, and nothing else: `final_cls` as the only row."""
+        return Features(self.final_cls, self.labels)
+
+    def of(self, places: Tensor) -> "Features":
+        """Return the features of some of the images, by their places, `(n,)`, int64."""
+        return Features(self.rows[:, places], self.labels[places])
+
 
 @dataclass(frozen=True)
 class SplitFeatures:

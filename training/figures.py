@@ -24,7 +24,8 @@ BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
 ROTATION_CHANCE = 0.25
 """Rotation accuracy of guessing."""
 
-_STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"))
+STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"))
+"""Colour and marker of a chart's first, second and third kind of line."""
 
 _READERS = (
     ("top1", "probe, mean of tokens"),
@@ -102,25 +103,42 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Line:
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        label: In the legend.
+        x: Ascending.
+        y: As many.
+        colour: Of line and markers.
+        marker: Of matplotlib's, at each point; none for none.
+        control: Whether it is there to be compared with: dashed, its markers hollow.
+        spread: Half the length of a whisker at each point, where there are any.
+    """
+
     label: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str = BLUE
     marker: str | None = None
     control: bool = False
+    spread: Sequence[float] = ()
 
     @property
     def course(self) -> str:
+        """Where it begins and where it ends, in words."""
         return f"{self.label} from {self.y[0]:.3f} to {self.y[-1]:.3f}"
 
 
-def score_chart(bars: Sequence[Bar], *, chance: float | None) -> Drawing:
+def score_chart(
+    bars: Sequence[Bar], *, chance: float | None, whiskers: str = "95% intervals"
+) -> Drawing:
     """Draw scores as dots with whiskers, one row each, from the top down.
 
     Args:
         bars: At least one.
         chance: Score of guessing.
+        whiskers: What they are.
     """
     with matplotlib.rc_context(_STYLE_SHEET):
         figure = Figure(figsize=(4.9, 0.7 + 0.32 * len(bars)), layout="constrained")
@@ -154,7 +172,7 @@ def score_chart(bars: Sequence[Bar], *, chance: float | None) -> Drawing:
             figure,
             name="scores",
             alt=f"Top-1 on test, each with its interval: {scores}.",
-            caption="Top-1 on test with 95% intervals. Hollow: controls."
+            caption=f"Top-1 on test with {whiskers}. Hollow: controls."
             + (" Dotted: guessing." if chance is not None else ""),
         )
 
@@ -169,7 +187,7 @@ def pretraining_charts(
         resumed: Epochs at which training went on after an interruption.
     """
     loss = [
-        _Line(label=label, x=x, y=y, colour=colour, marker=marker)
+        Line(label=label, x=x, y=y, colour=colour, marker=marker)
         for key, label, colour, marker in (
             ("train/loss", "train", BLUE, None),
             ("val/loss", "val", VERMILLION, "s"),
@@ -177,14 +195,14 @@ def pretraining_charts(
         for x, y in _columns(rows, key)
     ]
     accuracy = [
-        _Line(label="val", x=x, y=y, colour=VERMILLION, marker="s")
+        Line(label="val", x=x, y=y, colour=VERMILLION, marker="s")
         for x, y in _columns(rows, "val/rotation_accuracy")
     ]
-    rate = [_Line(label="learning rate", x=x, y=y) for x, y in _columns(rows, "train/lr")]
+    rate = [Line(label="learning rate", x=x, y=y) for x, y in _columns(rows, "train/lr")]
     charts = []
     if loss:
         charts.append(
-            _line_chart(
+            line_chart(
                 loss,
                 name="loss",
                 title="loss, nats",
@@ -197,7 +215,7 @@ def pretraining_charts(
         )
     if accuracy:
         charts.append(
-            _line_chart(
+            line_chart(
                 accuracy,
                 name="rotation-accuracy",
                 title="rotation accuracy",
@@ -210,7 +228,7 @@ def pretraining_charts(
     if rate:
         values = rate[0].y
         charts.append(
-            _line_chart(
+            line_chart(
                 rate,
                 name="learning-rate",
                 title="learning rate",
@@ -233,13 +251,13 @@ def transfer_chart(
         control: Name of the one that the others are compared with.
     """
     lines = [
-        _Line(label=name, x=x, y=y, colour=colour, marker=marker, control=name == control)
-        for name, (colour, marker) in zip(rows_by_name, _STYLES, strict=False)
+        Line(label=name, x=x, y=y, colour=colour, marker=marker, control=name == control)
+        for name, (colour, marker) in zip(rows_by_name, STYLES, strict=False)
         for x, y in _columns(rows_by_name[name], "val/top1")
     ]
     if not lines:
         return None
-    return _line_chart(
+    return line_chart(
         lines,
         name="transfer",
         title="top-1 on val",
@@ -257,7 +275,7 @@ def layer_chart(layers: Sequence[Mapping[str, Any]], *, chance: float | None) ->
         chance: Score of guessing.
     """
     lines = [
-        _Line(
+        Line(
             label=f"random: {label}" if prefix else label,
             x=range(len(layers)),
             y=[row[prefix + key] for row in layers],
@@ -266,11 +284,11 @@ def layer_chart(layers: Sequence[Mapping[str, Any]], *, chance: float | None) ->
             control=bool(prefix),
         )
         for prefix in ("", "random_")  # the legend fills a column with each
-        for (key, label), (colour, marker) in zip(_READERS, _STYLES, strict=True)
+        for (key, label), (colour, marker) in zip(_READERS, STYLES, strict=True)
         if all(prefix + key in row for row in layers)
     ]
     best = max(layers, key=lambda row: float(row["top1"]))
-    return _line_chart(
+    return line_chart(
         lines,
         name="layers",
         title="top-1 on test",
@@ -285,8 +303,8 @@ def layer_chart(layers: Sequence[Mapping[str, Any]], *, chance: float | None) ->
     )
 
 
-def _line_chart(
-    lines: Sequence[_Line],
+def line_chart(
+    lines: Sequence[Line],
     *,
     name: str,
     title: str,
@@ -294,10 +312,26 @@ def _line_chart(
     caption: str,
     x_label: str = "epoch",
     x_names: Sequence[str] = (),
+    x_counts: Sequence[int] = (),
     reference: tuple[float, str] | None = None,
     marks: Sequence[float] = (),
     wide: bool = False,
 ) -> Drawing:
+    """Draw lines over one axis.
+
+    Args:
+        lines: At least one.
+        name: Of the figure, unique on its page.
+        title: What the values are.
+        alt: What a reader who does not see it should know.
+        caption: What stands below it.
+        x_label: What the axis counts.
+        x_names: Names of the places 0, 1, 2, ... on the axis, where it counts nothing.
+        x_counts: Counts that are named on the axis, which is logarithmic then.
+        reference: A value to compare with, and what it is.
+        marks: Places on the axis at which training was resumed.
+        wide: Whether it stands alone.
+    """
     with matplotlib.rc_context(_STYLE_SHEET):
         figure = Figure(figsize=(4.9, 3.3) if wide else (2.7, 2.3), layout="constrained")
         axes = figure.add_subplot()
@@ -325,6 +359,10 @@ def _line_chart(
         axes.set_xlabel(x_label)
         if x_names:
             axes.set_xticks(range(len(x_names)), x_names)
+        elif x_counts:
+            axes.set_xscale("log")
+            axes.set_xticks(x_counts, [f"{count:,}" for count in x_counts])
+            axes.minorticks_off()
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
@@ -333,7 +371,7 @@ def _line_chart(
         return _draw(figure, name=name, alt=alt, caption=caption)
 
 
-def _add_line(axes: Axes, line: _Line) -> None:
+def _add_line(axes: Axes, line: Line) -> None:
     axes.plot(
         line.x,
         line.y,
@@ -346,6 +384,8 @@ def _add_line(axes: Axes, line: _Line) -> None:
         markersize=4.5,
         markerfacecolor=_PAPER if line.control else line.colour,
     )
+    for x, y, half in zip(line.x, line.y, line.spread, strict=False):
+        axes.plot([x, x], [y - half, y + half], color=line.colour, linewidth=1.2)
 
 
 def _add_marks(axes: Axes, places: Sequence[float]) -> None:

@@ -242,7 +242,7 @@ class _Run:
                 else "Lower"
             )
             raise OutOfMemoryError(
-                f"A step of {self.context.request.stage} must fit into memory; one of "
+                f"A step of {self.context.request.title} must fit into memory; one of "
                 f"{recipe.batch_size} images in {recipe.accumulation_steps} part(s) does not. "
                 f"{offer} {section}.batch_size. Either is another stage key, which starts from "
                 "the beginning."
@@ -269,13 +269,13 @@ class _Run:
 
     def _check_guard(self) -> None:
         self.guard.check(
-            self.state.step, stage=self.context.request.stage, section=self.task.section
+            self.state.step, stage=self.context.request.title, section=self.task.section
         )
         skipped = self.guard.skipped()
         if skipped > self.state.skipped_steps:
             logger.warning(
                 "%s: %d steps skipped until step %d, their loss or gradient was not finite.",
-                self.context.request.stage,
+                self.context.request.title,
                 skipped,
                 self.state.step,
             )
@@ -299,7 +299,7 @@ class _Run:
         self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
             "%s: epoch %d of %d, %s",
-            self.context.request.stage,
+            self.context.request.title,
             state.evaluated_epochs,
             task.recipe.epochs,
             ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
@@ -328,7 +328,7 @@ class _Run:
         if not all(bool(torch.isfinite(p).all()) for p in self.trained):
             raise DivergedError(
                 f"The weights must be finite, they are not after step {self.state.step} of "
-                f"{self.context.request.stage}. The last good checkpoint is kept. Lower "
+                f"{self.context.request.title}. The last good checkpoint is kept. Lower "
                 f"{self.task.section}.base_lr, or raise {self.task.section}.warmup_epochs."
             )
         try:
@@ -365,7 +365,7 @@ class _Run:
             resumed_from=saved.step,
             wall_seconds_before=plain["wall_seconds"],
         )
-        logger.info("%s resumes from step %d.", self.context.request.stage, saved.step)
+        logger.info("%s resumes from step %d.", self.context.request.title, saved.step)
         self._report("resumed")
 
     def _count_lap(self) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.records import DatasetError
 from data.sources import Outline, outline
+from data.splits import train_size
 from training import store
 from training.settings import ConfigError, Settings
 from training.stage_files import OutputsError
@@ -14,7 +15,7 @@ from training.wandb_key import wandb_mode
 
 TRANSFER_STAGES = (
     *("features", "linear_probe", "frozen_tokens", "finetune_1", "finetune_2"),
-    *("from_scratch", "feature_analysis"),
+    *("from_scratch", "feature_analysis", "label_efficiency"),
 )
 """Stages that need labels."""
 
@@ -89,10 +90,10 @@ def _downloads(name: str, settings: Settings, outputs: Path) -> Path | None:
 
 def _training_images(source: Outline, settings: Settings) -> int:
     """Return how many images are left for training once val and test are held out."""
-    images = source.counts["train"]
-    if "test" not in source.counts:
-        images = int(images * (1 - settings.data.test_fraction))
-    return int(images * (1 - settings.data.val_fraction))
+    data = settings.data
+    return train_size(
+        source.counts, val_fraction=data.val_fraction, test_fraction=data.test_fraction
+    )
 
 
 def _labels(source: Outline, images: int, settings: Settings) -> int:

@@ -4,7 +4,7 @@ It shows what is in the stages' `result.json` and `metrics.jsonl` and computes n
 a stage that did not run is left out. Its pictures come from the models (`report_pictures`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,20 @@ from training import figures, report_pictures, runner, store
 from training.configure import flatten
 from training.hardware import decide
 from training.images import copies_in_pretraining
+from training.label_curves import label_chart, label_curves
 from training.metrics_file import METRICS, read_metrics
 from training.report_pictures import Pictures
 from training.report_scores import TITLES, class_chance, class_scores, rotation_score, summary
 from training.resumes import read_resumes
 from training.run_record import run_directory
 from training.runner import StageContext, StageOutcome
+from training.seeds import over_seeds
 from training.settings import Settings
 from training.stages import plan
+from training.steps import Found, steps
 from training.store import StageResult, write_atomically
+from training.variants import variants as variants_of
+from training.wording import pretraining_in_words
 
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""
@@ -35,14 +40,14 @@ _TRAINED_ON_LABELS = ("finetune_1", "finetune_2", "from_scratch")
 
 def compute(context: StageContext) -> StageOutcome:
     """Write the page from what the run's other stages recorded."""
-    results = {}
-    for role, item in context.request.inputs.items():
+    found = Found()
+    for role in context.request.inputs:
         directory = context.input(role)
         result = StageResult.model_validate_json((directory / "result.json").read_bytes())
         # Where it lies now; the outputs may have been moved since it was written.
-        results[item.stage] = result.model_copy(update={"directory": directory})
-    pictures = report_pictures.draw(results, context.settings, context.hardware())
-    page = render(results, context.settings, pictures=pictures)
+        found.add(result.model_copy(update={"directory": directory}), role.rpartition("/")[0])
+    pictures = report_pictures.draw(found.stages, context.settings, context.hardware())
+    page = render(found.stages, context.settings, variants=found.variants, pictures=pictures)
     write_atomically(context.directory / PAGE, page.encode())
     return StageOutcome(scores={}, made=[PAGE])
 
@@ -62,28 +67,27 @@ def write_so_far(settings: Settings, outputs: Path) -> Path:
     Raises:
         DatasetError: If a source of images cannot be read.
     """
-    results: dict[str, StageResult] = {}
+    found = Found()
     begun: dict[str, Path] = {}
-    for stage in plan(settings):
-        if any(name not in results for name in stage.needs(settings).values()):
+    for step in steps(settings, outputs, found):
+        if step.request is None:
             continue
-        request = store.make_request(stage, settings, outputs, results)
-        verdict = store.inspect(request)
+        verdict = store.inspect(step.request)
         if verdict.result:
-            results[stage.name] = verdict.result
-        elif not verdict.stale and (request.directory / METRICS).is_file():
-            begun[stage.name] = request.directory
+            found.add(verdict.result, step.request.variant)
+        elif not verdict.stale and (step.request.directory / METRICS).is_file():
+            begun[step.title] = step.request.directory
     path = run_directory(settings, outputs) / "report" / PAGE
-    if "report" in results:
-        page = (results["report"].directory / PAGE).read_bytes()
+    if "report" in found.stages:
+        page = (found.stages["report"].directory / PAGE).read_bytes()
     else:
-        page = whole_page(results, settings, begun=begun, finished=False).encode()
+        page = whole_page(found, settings, begun=begun, finished=False).encode()
     write_atomically(path, page)
     return path
 
 
 def whole_page(
-    results: Mapping[str, StageResult],
+    found: Found,
     settings: Settings,
     *,
     begun: Mapping[str, Path] | None = None,
@@ -94,14 +98,21 @@ def whole_page(
     if not finished:  # the GPU is the training's that is going
         chosen = chosen.model_copy(update={"device": "cpu"})
     hardware = decide(chosen, embed_dim=settings.model.embed_dim)
-    pictures = report_pictures.draw(results, settings, hardware)
-    return render(results, settings, pictures=pictures, begun=begun, finished=finished)
+    return render(
+        found.stages,
+        settings,
+        variants=found.variants,
+        pictures=report_pictures.draw(found.stages, settings, hardware),
+        begun=begun,
+        finished=finished,
+    )
 
 
 def render(
     results: Mapping[str, StageResult],
     settings: Settings,
     *,
+    variants: Mapping[str, Mapping[str, StageResult]] | None = None,
     pictures: Pictures = report_pictures.NOTHING,
     begun: Mapping[str, Path] | None = None,
     finished: bool = True,
@@ -111,8 +122,9 @@ def render(
     Args:
         results: By stage name, any of them; `metrics.jsonl` is read from their directories.
         settings: Of the run.
-        pictures: What `report_pictures.draw` made of them.
-        begun: Directories of stages that have metrics and no result yet, by stage name.
+        variants: The same of the run's variants, by the variant's name.
+        pictures: What `report_pictures.draw` made of the run's own.
+        begun: Directories of stages that have metrics and no result yet, by title of their step.
         finished: Whether the run is over, with all that it was to compute.
 
     Returns:
@@ -130,24 +142,33 @@ def render(
     places = {name: result.directory for name, result in results.items()} | dict(begun or {})
     metrics = {name: read_metrics(directory) for name, directory in places.items()}
     resumes = read_resumes(places["pretrain"]) if "pretrain" in places else []
-    scores, chance = list(class_scores(results)), class_chance(results)
+    beside = variants or {}
+    spreads = over_seeds(_scores(results), [_scores(one) for one in beside.values()])
+    scores, chance = list(class_scores(results, spreads)), class_chance(results)
     pretrain = results.get("pretrain")
     analysis = results["feature_analysis"].scores if "feature_analysis" in results else {}
     layers = analysis.get("layers", [])
+    curves = label_curves(results, beside)
     bars = [
         figures.Bar(label=row.name, score=row.score, low=low, high=high, control=row.control)
         for row in scores
-        for low, high in [row.interval or (row.score, row.score)]
+        for low, high in [row.whiskers]
     ]
+    whiskers = "standard deviations between seeds" if spreads else "95% intervals"
+    titled = list(_titled(results, beside))
     return environment.get_template("report.html.j2").render(
         settings=settings,
-        summary=list(summary(results)),
-        unfinished=None if finished else list(_standing(results, begun or {}, metrics, settings)),
-        rotation=rotation_score(pretrain) if pretrain else None,
+        summary=list(summary(results, spreads)),
+        unfinished=None
+        if finished
+        else list(_standing(results, beside, begun or {}, metrics, settings)),
+        rotation=rotation_score(pretrain, spreads) if pretrain else None,
         rotation_chance=figures.ROTATION_CHANCE,
         scores=scores,
         chance=chance,
-        score_chart=figures.score_chart(bars, chance=chance) if bars else None,
+        spreads=spreads,
+        pretraining=pretraining_in_words(settings.evaluation.pretraining),
+        score_chart=figures.score_chart(bars, chance=chance, whiskers=whiskers) if bars else None,
         pretraining_charts=figures.pretraining_charts(
             metrics.get("pretrain", []), resumed=[resume["epoch"] for resume in resumes]
         ),
@@ -163,24 +184,48 @@ def render(
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
         cka=analysis.get("cka"),
         random_cka=analysis.get("random_cka"),
+        curves=curves,
+        label_counts=sorted({count for curve in curves for count in curve.scores}),
+        label_chart=label_chart(curves, chance=chance) if curves else None,
         prepared=list(_prepared(results, settings)),
         setting_groups=_setting_groups(settings),
-        environment=list(_environment(results)),
-        times=list(_times(results)),
+        environment=list(_environment(titled)),
+        times=list(_times(titled)),
     )
+
+
+def _scores(results: Mapping[str, StageResult]) -> dict[str, dict[str, Any]]:
+    return {name: result.scores for name, result in results.items()}
+
+
+def _titled(
+    results: Mapping[str, StageResult], variants: Mapping[str, Mapping[str, StageResult]]
+) -> Iterator[tuple[str, StageResult]]:
+    """Yield the results with what people read for each, those of the variants last."""
+    for name, title in TITLES.items():
+        if name in results:
+            yield title, results[name]
+    for variant, found in variants.items():
+        for name, result in found.items():
+            yield f"{TITLES[name]}, {variant}", result
 
 
 def _standing(
     results: Mapping[str, StageResult],
+    variants: Mapping[str, Mapping[str, StageResult]],
     begun: Mapping[str, Path],
     metrics: Mapping[str, list[dict[str, Any]]],
     settings: Settings,
 ) -> Iterator[tuple[str, str]]:
     """Yield the stages that a run has still to finish, and where they stand."""
     shown = {stage.name for stage in plan(settings)} - {"report", *results}
-    for name, title in TITLES.items():
-        if name not in shown:
-            continue
+    waiting = {name: title for name, title in TITLES.items() if name in shown}
+    for variant in variants_of(settings, results):
+        for stage in variant.stages:
+            if stage.name not in variants.get(variant.name, {}):
+                step = store.stage_of_variant(stage.name, variant.name)
+                waiting[step] = f"{TITLES[stage.name]}, {variant.name}"
+    for name, title in waiting.items():
         rows = metrics[name] if name in begun else []
         yield title, f"at epoch {rows[-1]['epoch']:.2f}" if rows else "not finished"
 
@@ -245,13 +290,13 @@ def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]
     return list(groups.items())
 
 
-def _environment(results: Mapping[str, StageResult]) -> Iterator[tuple[str, str]]:
+def _environment(titled: Sequence[tuple[str, StageResult]]) -> Iterator[tuple[str, str]]:
     """Yield each fact once, or by stage where the stages differ in it."""
     facts: dict[str, dict[str, list[str]]] = {}
-    for name, result in results.items():
+    for title, result in titled:
         for fact, value in result.environment.items():
             if fact != "finished_at":  # in the table of times
-                facts.setdefault(fact, {}).setdefault(str(value), []).append(TITLES[name])
+                facts.setdefault(fact, {}).setdefault(str(value), []).append(title)
     for fact, stages in facts.items():
         if len(stages) == 1:
             yield fact, next(iter(stages))
@@ -259,16 +304,15 @@ def _environment(results: Mapping[str, StageResult]) -> Iterator[tuple[str, str]
             yield fact, "; ".join(f"{value} ({', '.join(who)})" for value, who in stages.items())
 
 
-def _times(results: Mapping[str, StageResult]) -> Iterator[dict[str, Any]]:
-    for name, title in TITLES.items():
-        if name in results:
-            yield {
-                "title": title,
-                "status": results[name].status,
-                "seconds": results[name].wall_seconds,
-                "rate": results[name].timing.get("samples_per_second"),
-                "finished": _moment(results[name].environment.get("finished_at", "")),
-            }
+def _times(titled: Sequence[tuple[str, StageResult]]) -> Iterator[dict[str, Any]]:
+    for title, result in titled:
+        yield {
+            "title": title,
+            "status": result.status,
+            "seconds": result.wall_seconds,
+            "rate": result.timing.get("samples_per_second"),
+            "finished": _moment(result.environment.get("finished_at", "")),
+        }
 
 
 def _plain(value: Any) -> str:

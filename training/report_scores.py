@@ -4,7 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from training.probes import wilson_interval
+from training.seeds import Spread
 from training.store import StageResult
+
+Spreads = Mapping[str, Mapping[str, Spread]]
+"""What several seeds gave, by stage and score; nothing for one seed."""
 
 TITLES = {
     "download": "Download",
@@ -19,6 +23,7 @@ TITLES = {
     "finetune_2": "Fine-tune, last two blocks",
     "from_scratch": "From scratch",
     "feature_analysis": "Feature analysis",
+    "label_efficiency": "Label efficiency",
 }
 """What people read for each stage, in the order of the report."""
 
@@ -30,10 +35,11 @@ class Score:
     Attributes:
         name: What was measured, in words.
         note: How.
-        score: Share of right answers on test.
-        correct: Right answers, where they were counted.
-        total: Answers, where they were counted.
+        score: Share of right answers on test; of several seeds the mean.
+        correct: Right answers, where they were counted and there is one seed.
+        total: Answers, where they were counted and there is one seed.
         control: Whether it is there to be compared with.
+        spread: Between seeds, where there are several.
     """
 
     name: str
@@ -42,6 +48,14 @@ class Score:
     correct: int | None
     total: int | None
     control: bool = False
+    spread: Spread | None = None
+
+    @property
+    def whiskers(self) -> tuple[float, float]:
+        """Lower and upper end of what is drawn around the score."""
+        if self.spread:
+            return self.score - self.spread.std, self.score + self.spread.std
+        return self.interval or (self.score, self.score)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -51,47 +65,71 @@ class Score:
         return wilson_interval(self.correct, self.total)
 
 
-def rotation_score(result: StageResult) -> Score:
+def rotation_score(result: StageResult, spreads: Spreads) -> Score:
     """Return how well the pretext task is solved."""
-    return Score(
-        name="Rotation",
-        note="which of four ways a test image was turned",
-        score=result.scores["rotation_accuracy"],
-        correct=result.scores.get("correct"),
-        total=result.scores.get("total"),
+    return _score(
+        "Rotation",
+        "which of four ways a test image was turned",
+        result,
+        ("rotation_accuracy", "correct"),
+        spreads,
     )
 
 
-def class_scores(results: Mapping[str, StageResult]) -> Iterator[Score]:
+def class_scores(results: Mapping[str, StageResult], spreads: Spreads) -> Iterator[Score]:
     """Yield the rows about classes: first the controls, then what is compared with them."""
     if "linear_probe" in results:
-        probe = results["linear_probe"].scores
-        yield Score(
-            name="Random backbone",
-            note="linear probe of the untrained network",
-            score=probe["random_backbone_top1"],
-            correct=probe.get("random_backbone_correct"),
-            total=probe.get("total"),
+        yield _score(
+            "Random backbone",
+            "linear probe of the untrained network",
+            results["linear_probe"],
+            ("random_backbone_top1", "random_backbone_correct"),
+            spreads,
             control=True,
         )
     if "from_scratch" in results:
         note = "same network and labels, not pretrained"
-        yield _top1(results["from_scratch"], note, control=True)
+        yield _top1(results["from_scratch"], note, spreads, control=True)
     for name, note in (
         ("linear_probe", "linear head on the frozen backbone"),
         ("finetune_1", "head and last block trained"),
         ("finetune_2", "head and last two blocks trained"),
     ):
         if name in results:
-            yield _top1(results[name], note)
+            yield _top1(results[name], note, spreads)
 
 
-def _top1(result: StageResult, note: str, *, control: bool = False) -> Score:
+def _top1(result: StageResult, note: str, spreads: Spreads, *, control: bool = False) -> Score:
+    return _score(TITLES[result.stage], note, result, ("top1", "correct"), spreads, control=control)
+
+
+def _score(
+    name: str,
+    note: str,
+    result: StageResult,
+    measured: tuple[str, str],
+    spreads: Spreads,
+    *,
+    control: bool = False,
+) -> Score:
+    """Return a row; `measured` are the names of the share and of the count that it is of."""
+    share, count = measured
+    spread = spreads.get(result.stage, {}).get(share)
+    if spread:
+        return Score(
+            name=name,
+            note=note,
+            score=spread.mean,
+            correct=None,
+            total=None,
+            control=control,
+            spread=spread,
+        )
     return Score(
-        name=TITLES[result.stage],
+        name=name,
         note=note,
-        score=result.scores["top1"],
-        correct=result.scores.get("correct"),
+        score=result.scores[share],
+        correct=result.scores.get(count),
         total=result.scores.get("total"),
         control=control,
     )
@@ -104,10 +142,15 @@ def class_chance(results: Mapping[str, StageResult]) -> float | None:
     return 1 / classes if classes else None
 
 
-def summary(results: Mapping[str, StageResult]) -> Iterator[str]:
+def summary(results: Mapping[str, StageResult], spreads: Spreads) -> Iterator[str]:
     """Say in sentences what the tables say in numbers."""
+
+    def measured(stage: str, name: str = "top1") -> float:
+        spread = spreads.get(stage, {}).get(name)
+        return spread.mean if spread else float(results[stage].scores[name])
+
     if "pretrain" in results:
-        score = results["pretrain"].scores["rotation_accuracy"]
+        score = measured("pretrain", "rotation_accuracy")
         yield (
             "Trained without any label to tell which way up an image is, the network is right for "
             f"{score:.0%} of the turned test images; guessing gives 25%."
@@ -116,14 +159,13 @@ def summary(results: Mapping[str, StageResult]) -> Iterator[str]:
         probe = results["linear_probe"].scores
         labels = f"With {probe['labels']:,} labels, a" if "labels" in probe else "A"
         yield (
-            f"{labels} linear head on its frozen features names {probe['top1']:.0%} of the test "
-            f"images right; on those of the untrained network, {probe['random_backbone_top1']:.0%}."
+            f"{labels} linear head on its frozen features names {measured('linear_probe'):.0%} of "
+            "the test images right; on those of the untrained network, "
+            f"{measured('linear_probe', 'random_backbone_top1'):.0%}."
         )
-    tuned = [
-        results[name].scores["top1"] for name in ("finetune_1", "finetune_2") if name in results
-    ]
+    tuned = [measured(name) for name in ("finetune_1", "finetune_2") if name in results]
     if tuned and "from_scratch" in results:
         yield (
             f"Fine-tuned it reaches {max(tuned):.0%}, where the same network trained from scratch "
-            f"on the same labels reaches {results['from_scratch'].scores['top1']:.0%}."
+            f"on the same labels reaches {measured('from_scratch'):.0%}."
         )

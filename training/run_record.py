@@ -8,18 +8,22 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from training import stage_files, store
+from training import stage_files
 from training.commit import describe_commit
 from training.configure import to_yaml
+from training.seeds import over_seeds
 from training.settings import Settings
 from training.stage_files import digest_of
-from training.stages import STAGES, plan
-from training.store import StageRequest, StageResult, write_atomically
+from training.stages import STAGES
+from training.steps import Found, steps
+from training.store import StageRequest, StageResult, inspect, write_atomically
+from training.variants import Variant
 
 SCHEMA_VERSION = 1
 
@@ -52,7 +56,8 @@ class RunRecord:
         self.settings = settings
         self.name = run_name(settings)
         self.directory = run_directory(settings, outputs)
-        self.stages: dict[str, StageResult] = {}
+        self.found = Found()
+        self._overrides: dict[str, Sequence[str]] = {}
         self._outputs, self._until = outputs, until
         self._command = list(command or ["rotvit", *sys.argv[1:]])
         self._started = _now()
@@ -60,14 +65,24 @@ class RunRecord:
         self._earlier = self._read_earlier()
         self.write(state="running")
 
+    @property
+    def stages(self) -> dict[str, StageResult]:
+        """Results of the run's own stages, by name."""
+        return self.found.stages
+
     def begin(self, request: StageRequest) -> None:
         """Record that a stage is next, before it does anything."""
-        self._places[request.stage] = str(request.directory.relative_to(self._outputs))
+        self._places[request.title] = str(request.directory.relative_to(self._outputs))
         self.write(state="running")
 
-    def add(self, result: StageResult) -> None:
-        """Record a stage's result; the report is put beside the record."""
-        self.stages[result.stage] = result
+    def add(self, result: StageResult, variant: Variant | None = None) -> None:
+        """Record a stage's result, of a variant or the run's own; put the report beside the record.
+
+        A variant's is told from the run's own by the name, and what it differs in is recorded.
+        """
+        self.found.add(result, variant.name if variant else "")
+        if variant:
+            self._overrides[variant.name] = variant.overrides
         if result.stage == "report":
             page = (result.directory / "index.html").read_bytes()
             write_atomically(self.directory / "report" / "index.html", page)
@@ -103,38 +118,59 @@ class RunRecord:
         """Report a run that ended before the report stage, such as one without labels."""
         path = self.directory / "report" / "index.html"
         stages = self._results_and_earlier()["stages"]
-        is_new = any(result.status != "cached" for result in self.stages.values())
+        every = [*self.stages.values(), *self.found.by_role.values()]
+        is_new = any(result.status != "cached" for result in every)
         if "pretrain" not in self.stages or "report" in stages or (path.exists() and not is_new):
             return
         from training.report import whole_page  # its figures take a second to import
 
-        write_atomically(path, whole_page(self.stages, self.settings).encode())
+        write_atomically(path, whole_page(self.found, self.settings).encode())
 
     def _read_earlier(self) -> dict[str, Any]:
-        """Return the rows of an earlier run with these settings: one that went further counts."""
+        """Return what an earlier run with these settings found: one that went further counts."""
         try:
-            found = json.loads((self.directory / "results.json").read_bytes())
-            rows: dict[str, Any] = found["stages"]
+            found: dict[str, Any] = json.loads((self.directory / "results.json").read_bytes())
+            return {"stages": found["stages"], "variants": found.get("variants", {})}
         except (OSError, ValueError, KeyError):
-            return {}
-        return rows
+            return {"stages": {}, "variants": {}}
 
     def _results_and_earlier(self) -> dict[str, Any]:
         results = self.results()
-        rows = results["stages"]
-        if all(
-            self._earlier[name]["key"] == rows[name]["key"]
-            for name in rows
-            if name in self._earlier
-        ):
-            merged = {**self._earlier, **rows}
-            results["stages"] = {name: merged[name] for name in STAGES if name in merged}
-        return results
+        rows, variants = results["stages"], results.get("variants", {})
+        before = self._earlier["stages"]
+        if all(before[name]["key"] == rows[name]["key"] for name in rows if name in before):
+            merged = {**before, **rows}
+            rows = {name: merged[name] for name in STAGES if name in merged}
+            for name, earlier in self._earlier["variants"].items():
+                now = variants.get(name, {"stages": {}})["stages"]
+                variants = {**variants, name: {**earlier, "stages": {**earlier["stages"], **now}}}
+        return self._with_variants({**results, "stages": rows}, variants)
+
+    def _with_variants(self, results: dict[str, Any], variants: dict[str, Any]) -> dict[str, Any]:
+        """Return results with those of variants, and the spread over seeds, where there are any."""
+        if not variants:
+            return results
+        spread = over_seeds(results["stages"], [variant["stages"] for variant in variants.values()])
+        over = {
+            "pretraining": self.settings.evaluation.pretraining,
+            "stages": {
+                stage: {score: asdict(found) for score, found in scores.items()}
+                for stage, scores in spread.items()
+            },
+        }
+        return {**results, "variants": variants} | ({"over_seeds": over} if spread else {})
 
     def results(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
         data = self.stages.get("prepare_data")
-        return {
+        variants = {
+            name: {
+                "overrides": list(self._overrides[name]),
+                "stages": {stage: _row(result) for stage, result in stages.items()},
+            }
+            for name, stages in self.found.variants.items()
+        }
+        results = {
             "schema_version": SCHEMA_VERSION,
             "run": self.name,
             "preset": self.settings.preset,
@@ -146,6 +182,7 @@ class RunRecord:
             },
             "stages": {name: _row(result) for name, result in self.stages.items()},
         }
+        return self._with_variants(results, variants)
 
 
 def note_end(
@@ -205,16 +242,16 @@ def record_if_all_cached(
     Returns:
         The content of `results.json`; None, with nothing written, if a stage is not cached.
     """
-    results: dict[str, StageResult] = {}
-    for stage in plan(settings, until):
-        request = store.make_request(stage, settings, outputs, results)
-        found = store.inspect(request).result
-        if found is None:
+    found, results = Found(), list[tuple[StageResult, Variant | None]]()
+    for step in steps(settings, outputs, found, until):
+        result = inspect(step.request).result if step.request else None
+        if result is None:
             return None
-        results[stage.name] = found
+        found.add(result, step.variant.name if step.variant else "")
+        results.append((result, step.variant))
     record = RunRecord(settings, outputs, until=until)
-    for result in results.values():
-        record.add(result)
+    for result, variant in results:
+        record.add(result, variant)
     record.write(state="finished")
     return record.results()
 

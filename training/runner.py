@@ -103,7 +103,7 @@ class StageContext:
         self, done: int, total: int, unit: str, detail: str = "", resumed_from: int = 0
     ) -> None:
         """Report how far the stage is."""
-        stage = self.request.stage
+        stage = self.request.title
         progress.report(progress.Progress(stage, done, total, unit, detail, resumed_from))
 
 
@@ -127,7 +127,7 @@ def run_stage(
     stop = StopRequest() if stop is None else stop
     with (
         stage_files.full_disk_explained(request.outputs),
-        locked(attempts.lock_path(request), what=request.stage, give_up=lambda: bool(stop)),
+        locked(attempts.lock_path(request), what=request.title, give_up=lambda: bool(stop)),
     ):
         found = attempts.begin(request)
         if found:
@@ -179,7 +179,7 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     emit(result=result.model_dump(mode="json"))
-    logger.info("%s is %s: %s", result.stage, result.status, result.directory)
+    logger.info("%s is %s: %s", request.title, result.status, result.directory)
     return 0
 
 

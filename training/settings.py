@@ -237,6 +237,39 @@ class FeatureAnalysisSettings(Section):
     the headline. More than there are labelled images means all of them."""
 
 
+class EvaluationSettings(Section):
+    """How much of what is measured is chance, and how it grows with the labels."""
+
+    seeds: PositiveInt = 1
+    """Seeds that everything trained on labels is done with: `seed` and those that follow it. With
+    several, mean and standard deviation are reported."""
+    pretraining: Literal["shared", "own"] = "shared"
+    """Whether all seeds start from the one backbone of `seed`, or each pretrains its own. Shared
+    says how much the training on labels varies, own how much the whole method does."""
+    label_fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.01, 0.05, 0.1, 0.5, 1.0), min_length=1
+    )
+    """Shares of the train split's labels that the curves of label efficiency have points at,
+    ascending: nested subsets, stratified, with an image of each class at least."""
+    trained_curves: bool = False
+    """Fine-tune (the last two blocks) and train from scratch at each of these points too, under
+    every seed; in batches of all the labels where there are fewer than a batch. Off by default:
+    it takes as many trainings."""
+    least_steps: PositiveInt = 300
+    """Optimiser steps that a training of these curves takes at least, in more epochs where few
+    labels make few steps; neither arm would have learned much otherwise."""
+
+    @model_validator(mode="after")
+    def _fractions_ascend(self) -> Self:
+        fractions = self.label_fractions
+        if list(fractions) != sorted(set(fractions)):
+            raise ValueError(
+                "evaluation.label_fractions must ascend, each a fraction once, got "
+                f"{list(fractions)}. Try {sorted(set(fractions))}."
+            )
+        return self
+
+
 class CheckpointSettings(Section):
     """When training saves its state, and when it gives up. Cannot change results."""
 
@@ -306,6 +339,7 @@ class Settings(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     from_scratch: FromScratchSettings = FromScratchSettings()
     feature_analysis: FeatureAnalysisSettings = FeatureAnalysisSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     hardware: HardwareSettings = HardwareSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -342,6 +376,15 @@ class Settings(Section):
         recipe = self.finetune
         augments = recipe.flip or recipe.crop_scale or self.prepared_size > self.model.image_size
         return self.hardware.frozen_tokens != "never" and not augments
+
+    @model_validator(mode="after")
+    def _seeds_are_seeds(self) -> Self:
+        if self.seed + self.evaluation.seeds > 2**31:
+            raise ValueError(
+                f"seed + evaluation.seeds must be at most {2**31}, got {self.seed} and "
+                f"{self.evaluation.seeds}. Lower one of them."
+            )
+        return self
 
     @property
     def prepared_size(self) -> int:

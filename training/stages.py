@@ -199,9 +199,15 @@ _ALL = (
         version=2,
     ),
     Stage(
+        name="label_efficiency",
+        summary="Probe the frozen backbone with more and more labels, and a random one as control.",
+        reads=("seed", "linear_probe", "evaluation.label_fractions", *_SPLITS),
+        needs=lambda settings: {"features": "features", "data": transfer_data(settings)},
+    ),
+    Stage(
         name="report",
         summary="Tables and figures of all stages as one page.",
-        reads=("preset", "seed"),
+        reads=("preset", "seed", "evaluation"),
         needs=_needs_report,
         version=2,
     ),

@@ -53,6 +53,13 @@ class StageRequest(BaseModel):
     settings: Settings
     run: str = ""
     """Name of the pipeline run that asks; groups tracked runs. Not part of the key."""
+    variant: str = ""
+    """Name of the run's variant that asks; none for the run itself. Not part of the key."""
+
+    @property
+    def title(self) -> str:
+        """The stage's name, and the variant's, as people are told it."""
+        return stage_of_variant(self.stage, self.variant)
 
 
 class StageResult(BaseModel):
@@ -98,21 +105,31 @@ def make_request(
     outputs: Path,
     results: Mapping[str, StageResult],
     run: str = "",
+    *,
+    variant: str = "",
+    more: Mapping[str, StageResult] | None = None,
 ) -> StageRequest:
     """Build the request for a stage from the results of those it needs.
+
+    Args:
+        stage: The stage.
+        settings: Of the run, or of its variant.
+        outputs: Folder of everything that is written.
+        results: Of other stages, by name: those that it needs, and any others.
+        run: Name of the run that asks.
+        variant: Name of the run's variant that asks.
+        more: What it reads besides, by role: the report the results of a run's variants.
 
     Raises:
         KeyError: If the result of a stage that it needs is not in `results`.
         DatasetError: If a data source cannot be read.
     """
+    needed = {role: results[name] for role, name in stage.needs(settings).items()}
     inputs = {
         role: StageInput(
-            stage=name,
-            key=results[name].key,
-            directory=results[name].directory,
-            digest=results[name].digest,
+            stage=result.stage, key=result.key, directory=result.directory, digest=result.digest
         )
-        for role, name in stage.needs(settings).items()
+        for role, result in {**needed, **(more or {})}.items()
     }
     reads = _values_read(stage, settings)
     if (stage.module or stage.name) == "prepare_data":
@@ -140,7 +157,13 @@ def make_request(
         inputs=inputs,
         settings=settings,
         run=run,
+        variant=variant,
     )
+
+
+def stage_of_variant(stage: str, variant: str) -> str:
+    """Return a stage's name with that of the variant, if it is one's."""
+    return f"{stage}, {variant}" if variant else stage
 
 
 def data_source(stage_name: str, settings: Settings) -> tuple[str, str | None]:

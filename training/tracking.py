@@ -150,7 +150,7 @@ def _tell(request: StageRequest, mode: str, training: int, ending: _Ending) -> N
     note = _Note(request)
     run = _open(request, mode, training, ending, note)
     if run.url:
-        _say(logging.INFO, f"{request.stage} in W&B: {run.url}")
+        _say(logging.INFO, f"{request.title} in W&B: {run.url}")
     # Online, W&B knows best: what was on its way when an earlier attempt died may be lost.
     history = _History(run, note.told if run.offline else run.starting_step - 1)
     tail = MetricsTail(request.directory)
@@ -207,7 +207,7 @@ def _init(
         entity=settings.tracking.wandb_entity or os.environ.get("WANDB_ENTITY"),
         group=request.run or None,
         job_type=request.stage,
-        name=request.stage,
+        name=request.title,
         id=note.run_id,
         resume="allow" if mode == "online" else None,
         mode="offline" if mode == "offline" else "online",
@@ -244,6 +244,8 @@ def _conclude(run: "wandb.Run", request: StageRequest, history: _History) -> Non
     result = StageResult.model_validate_json(content)
     for layer in result.scores.get("layers", ()):  # of the feature analysis, which has no steps
         history.add({"step": layer["layer"], **layer})
+    for point in result.scores.get("points", ()):  # of the curve over labels
+        history.add({"step": point["labels"], **point})
     history.flush()
     plain = {k: v for k, v in result.scores.items() if isinstance(v, int | float | str)}
     for variant in result.scores.get("variants", ()):  # of the linear probe

@@ -70,11 +70,64 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
     if name == "feature_analysis":
         best = max(row["layers"], key=lambda layer: float(layer["top1"]))
         return f"best at {best['name']}: top-1 {best['top1']:.2f}"
+    if name == "label_efficiency":
+        few, many = row["points"][0], row["points"][-1]
+        ends = f"{few['labels']:,} to {many['labels']:,} labels"
+        random = f"{few['random_top1']:.2f} to {many['random_top1']:.2f}"
+        return f"top-1 {few['top1']:.2f} to {many['top1']:.2f} with {ends} (random {random})"
     if "rotation_accuracy" in row:
         return f"rotation accuracy {row['rotation_accuracy']:.2f}"
     if "random_backbone_top1" in row:
         return f"top-1 {row['top1']:.2f} (random backbone {row['random_backbone_top1']:.2f})"
     return f"top-1 {row['top1']:.2f}" if "top1" in row else ""
+
+
+def seeds_in_words(name: str, results: Mapping[str, Any]) -> str:
+    """Say how a stage's scores vary between seeds; nothing where there is one seed.
+
+    Args:
+        name: The stage's.
+        results: Content of `results.json`.
+    """
+    found = results.get("over_seeds", {"stages": {}})["stages"].get(name, {})
+    words = " (random ".join(f"{row['mean']:.3f} ± {row['std']:.3f}" for row in found.values())
+    return f"{words}{')' if len(found) > 1 else ''} over {_seeds(found)} seeds" if found else ""
+
+
+def _seeds(found: Mapping[str, Any]) -> int:
+    return int(next(iter(found.values()))["n"])
+
+
+def spread_in_words(results: Mapping[str, Any]) -> str:
+    """Say what the spread over seeds is, and what they share; nothing where there is one seed.
+
+    Args:
+        results: Content of `results.json`.
+    """
+    if "over_seeds" not in results:
+        return ""
+    pretraining = pretraining_in_words(results["over_seeds"]["pretraining"])
+    return f"±: standard deviation between seeds ({pretraining})"
+
+
+def pretraining_in_words(pretraining: str) -> str:
+    """Say whether seeds share one pretraining; `evaluation.pretraining` is told."""
+    return "one pretraining" if pretraining == "shared" else "each pretrained"
+
+
+def variant_in_words(stages: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, float]:
+    """Say what a variant measured, in what state its stages are, and how many seconds they took.
+
+    Args:
+        stages: Its rows of `results.json`, by stage.
+    """
+    scores = [
+        f"{stage_title(name)} {row.get('rotation_accuracy', row.get('top1')):.2f}"
+        for name, row in stages.items()
+        if "rotation_accuracy" in row or "top1" in row
+    ]
+    states = dict.fromkeys(row["status"] for row in stages.values())
+    return ", ".join(scores), ", ".join(states), sum(row["wall_seconds"] for row in stages.values())
 
 
 def turn_in_words(turned: int) -> str:

@@ -7,7 +7,7 @@ from sklearn.model_selection import train_test_split
 from data.prepared import PreparedData, PreparedSplit
 from data.randomness import uniform
 from data.records import DatasetError
-from data.splits import Subset, split, take_labelled
+from data.splits import Subset, label_counts, split, take_labelled, train_size
 
 MakePrepared = Callable[..., PreparedData]
 
@@ -152,3 +152,42 @@ def test_an_impossible_number_of_labels_is_refused(count: int) -> None:
 def test_missing_labels_are_refused() -> None:
     with pytest.raises(DatasetError, match=r"no labels\. Set transfer\.source"):
         take_labelled(make_subset(None, count=5), 3, seed=0)
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.2), (0.07, 0.07), (0.33, 0.01)])
+@pytest.mark.parametrize("images", [40, 100, 103])
+def test_what_is_left_to_train_on_is_known_from_the_counts(
+    make_prepared: MakePrepared, fractions: tuple[float, float], images: int
+) -> None:
+    val, test = fractions
+    for counts in ({"train": images}, {"train": images, "test": 7}):
+        prepared = make_prepared(*counts.values())
+        parts = split(prepared, val_fraction=val, test_fraction=test, seed=0)
+        found = train_size(counts, val_fraction=val, test_fraction=test)
+        assert found == len(parts.train)
+
+
+def test_fractions_of_the_labels_are_counts_with_an_image_of_each_class() -> None:
+    assert label_counts([0.01, 0.05, 0.1, 0.5, 1.0], 3000, 10) == {
+        30: 0.01,
+        150: 0.05,
+        300: 0.1,
+        1500: 0.5,
+        3000: 1.0,
+    }
+    assert label_counts([0.001, 0.003, 0.01], 3000, 10) == {10: 0.001, 30: 0.01}, "once each"
+    assert label_counts([0.5, 1.0], 7, 10) == {7: 0.5}, "never more than there are"
+
+
+def test_the_subsets_of_a_curve_are_nested_and_hold_every_class() -> None:
+    labels = np.repeat(np.arange(10), [30, 60, 90, 10, 10, 20, 200, 5, 70, 5])
+    subset = make_subset(np.random.default_rng(3).permutation(labels).tolist())
+    smaller: set[int] = set()
+    for count in label_counts([0.01, 0.05, 0.1, 0.5, 1.0], len(subset), 10):
+        taken = take_labelled(subset, count, seed=4)
+        assert len(taken) == count
+        assert taken.labels is not None
+        assert set(taken.labels.tolist()) == set(range(10))
+        assert smaller < set(taken.indices.tolist())
+        smaller = set(taken.indices.tolist())
+    assert len(smaller) == len(subset)

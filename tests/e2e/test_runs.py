@@ -28,6 +28,7 @@ STAGES = {
     "finetune_2",
     "from_scratch",
     "feature_analysis",
+    "label_efficiency",
     "report",
 }
 

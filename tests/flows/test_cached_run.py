@@ -60,10 +60,10 @@ def test_it_starts_no_server_and_is_recorded(
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     stages = json.loads((run / "results.json").read_bytes())["stages"]
     assert {stage["status"] for stage in stages.values()} == {"cached"}
-    assert len(stages) == 8
+    assert len(stages) == 10
     assert json.loads((run / "run.json").read_bytes())["state"] == "finished"
     assert (run / "report" / "index.html").is_file()
-    assert capsys.readouterr().out.count("cached") == 8
+    assert capsys.readouterr().out.count("cached") == 10
 
 
 def test_a_server_of_the_users_own_sees_it(

@@ -27,7 +27,7 @@ ROTVIT = [sys.executable, "-m", "flows.cli"]
 
 STAGE_COMMANDS = [
     *("download", "prepare-data", "pretrain", "features", "linear-probe", "frozen-tokens"),
-    *("finetune-1", "finetune-2", "from-scratch", "feature-analysis", "report"),
+    *("finetune-1", "finetune-2", "from-scratch", "feature-analysis", "label-efficiency", "report"),
 ]
 
 
@@ -98,7 +98,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
 def test_every_command_has_help_and_the_common_options(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    options = {"--preset", "--config", "--set", "--seed"}
+    options = {"--preset", "--config", "--set", "--seed", "--seeds"}
     if command != "config":
         options |= {"--outputs"}
     assert options <= set(re.findall(r"--[a-z]+", text))
@@ -120,6 +120,7 @@ def test_version_is_printed(capsys: Capture) -> None:
         (["pretrain", "--until", "report"], "No such option: --until."),
         (["run", "--seed", "three"], "'--seed'"),
         (["run", "--seed"], "'--seed' requires an argument"),
+        (["run", "--seeds", "0"], "evaluation.seeds must be greater than or equal to 1, got 0"),
         (["run", "report"], "report"),
         (["run", "--set", "pretrain.epochs"], "--set takes path.to.setting=value"),
         (["run", "--set", "pretrain.epoch=3"], "Did you mean pretrain.epochs?"),
@@ -174,6 +175,14 @@ def test_run_hands_its_options_to_the_flow(flow: FlowStub, tmp_path: Path) -> No
     settings = build_settings(overrides=["pretrain.epochs=3", "model.depth=2", "seed=7"])
     outputs = (tmp_path / "some" / "where").resolve()
     assert flow.calls == [(settings, outputs, "finetune-2", ["linear_probe", "pretrain"])]
+
+
+@pytest.mark.parametrize("command", ["run", "finetune-2"])
+def test_seeds_is_short_for_the_setting(command: str, flow: FlowStub) -> None:
+    assert main([command, "--seeds", "5", "--set", "evaluation.pretraining=own"]) == 0
+    assert main([command, "--set", "evaluation.seeds=5", "--seeds", "3"]) == 0
+    (first, second) = (settings.evaluation for settings, *_ in flow.calls)
+    assert (first.seeds, first.pretraining, second.seeds) == (5, "own", 3)
 
 
 def test_without_options_the_default_preset_runs_to_the_end(flow: FlowStub, tmp_path: Path) -> None:

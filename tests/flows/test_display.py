@@ -242,3 +242,32 @@ def test_after_a_run_the_runs_own_copy_of_the_report_is_named(tmp_path: Path) ->
 def test_a_run_without_a_report_names_none(tmp_path: Path) -> None:
     results = {"run": "x", "stages": {}}
     assert list(dict(display.closing_paths(results, tmp_path))) == ["results"]
+
+
+def test_seeds_are_said_with_their_spread_and_a_row_for_each() -> None:
+    row = {"directory": "/out/x", "status": "computed", "wall_seconds": 30}
+    beside = {
+        "seed 1": {
+            "overrides": ["seed=1"],
+            "stages": {
+                "linear_probe": {**row, "top1": 0.601, "random_backbone_top1": 0.2},
+                "from_scratch": {**row, "top1": 0.634, "status": "cached", "wall_seconds": 31},
+                "label_efficiency": {**row, "points": []},
+            },
+        }
+    }
+    over = {
+        "pretraining": "shared",
+        "stages": {
+            "linear_probe": {
+                "top1": {"mean": 0.577, "std": 0.0339, "n": 2},
+                "random_backbone_top1": {"mean": 0.2205, "std": 0.029, "n": 2},
+            },
+        },
+    }
+    lines = lines_of(display.closing_table({**RESULTS, "variants": beside, "over_seeds": over}))
+    text = [" ".join(line.split()) for line in lines]
+    at = text.index("linear-probe top-1 0.55 (random backbone 0.24) computed 9 s")
+    assert text[at + 1] == "0.577 ± 0.034 (random 0.221 ± 0.029) over 2 seeds"
+    assert text[-1] == "±: standard deviation between seeds (one pretraining)"
+    assert text[-2] == "seed 1 linear-probe 0.60, from-scratch 0.63 computed, cached 1 min 31 s"

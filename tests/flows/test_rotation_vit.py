@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from prefect import get_client
+from prefect.client.schemas import FlowRun
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ParameterTypeError
@@ -32,10 +33,15 @@ def statuses(results: dict[str, Any]) -> dict[str, str]:
     return {name: stage["status"] for name, stage in results["stages"].items()}
 
 
+def newest_flow_run() -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
 def states_in_prefect() -> dict[str, str]:
     """Task run names and state names of the newest flow run, as the UI shows them."""
+    newest = newest_flow_run()
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
         runs = client.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
         )
@@ -134,6 +140,32 @@ def test_another_transfer_source_is_prepared_by_a_stage_of_its_own(
         "features": "computed",
         "linear_probe": "computed",
     }
+
+
+def test_other_seeds_are_tasks_of_their_own_and_refreshed_together(
+    outputs: Path, tiny_values: dict[str, Any]
+) -> None:
+    settings = validate(merge(tiny_values, {"evaluation": {"seeds": 2}}))
+    results = rotation_vit(settings, outputs, until="finetune-1")
+    assert set(statuses(results).values()) == {"cached"}
+    assert statuses(results["variants"]["seed 1"]) == {
+        "linear_probe": "computed",
+        "finetune_1": "computed",
+    }
+    assert results["over_seeds"]["stages"]["finetune_1"]["top1"]["n"] == 2
+    shown = states_in_prefect()
+    assert newest_flow_run().name.endswith(" · seeds 0 to 1")
+    assert shown["finetune_1"] == "Cached"
+    assert shown["finetune_1, seed 1"] == "Completed"
+
+    again = rotation_vit(settings, outputs, until="finetune-1", refresh=["finetune-1"])
+    assert statuses(again) == {**statuses(results), "finetune_1": "computed"}
+    assert statuses(again["variants"]["seed 1"]) == {
+        "linear_probe": "cached",
+        "finetune_1": "computed",
+    }
+    assert states_in_prefect()["linear_probe, seed 1"] == "Cached"
+    assert again["over_seeds"] == results["over_seeds"]
 
 
 def test_a_users_mistake_fails_before_any_work(tmp_path: Path, tiny_settings: Settings) -> None:

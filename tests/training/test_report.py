@@ -62,6 +62,12 @@ VARIANTS = [
 CKA = [[1.0, 0.81, 0.432], [0.81, 1.0, 0.567], [0.432, 0.567, 1.0]]
 RANDOM_CKA = [[1.0, 0.98, 0.962], [0.98, 1.0, 0.977], [0.962, 0.977, 1.0]]
 
+POINTS = [
+    {"labels": 12, "fraction": 0.001, "top1": 0.351, "random_top1": 0.343},
+    {"labels": 1234, "fraction": 0.1, "top1": 0.556, "random_top1": 0.369},
+    {"labels": 12340, "fraction": 1.0, "top1": 0.701, "random_top1": 0.402},
+]
+
 SCORES: dict[str, dict[str, Any]] = {
     "prepare_data": {
         "source": "folder:/photos & more",
@@ -87,6 +93,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "finetune_2": {"top1": 555 / 678, "correct": 555, "total": 678},
     "from_scratch": {"top1": 444 / 678, "correct": 444, "total": 678},
     "feature_analysis": {"layers": LAYERS, "cka": CKA, "random_cka": RANDOM_CKA},
+    "label_efficiency": {"points": POINTS, "total": 678},
 }
 
 METRICS = {
@@ -284,6 +291,14 @@ def test_how_alike_two_layers_are_is_a_number_and_a_shade(html: str) -> None:
             ]
 
 
+def test_the_curves_over_the_labels_are_in_a_table(html: str) -> None:
+    cells = Page(html).cells
+    for row in POINTS:
+        start = cells.index(f"{row['labels']:,}")
+        assert cells[start + 1 : start + 3] == [f"{row[k]:.3f}" for k in ("top1", "random_top1")]
+    assert "linear probe, random backbone (control)" in cells
+
+
 def test_data_settings_times_and_environment_are_recorded(html: str) -> None:
     page = Page(html)
     for cell in (
@@ -349,8 +364,8 @@ def test_the_page_loads_nothing(html: str) -> None:
 def test_every_figure_has_a_text_alternative_and_a_caption(html: str) -> None:
     page = Page(html)
     svgs = page.named("svg")
-    assert len(svgs) == 6  # scores, loss, accuracy, learning rate, layers, transfer
-    assert len(page.named("figcaption")) == 6
+    assert len(svgs) == 7  # scores, loss, accuracy, learning rate, layers, labels, transfer
+    assert len(page.named("figcaption")) == 7
     for attributes in svgs:
         assert attributes["role"] == "img"
         assert len(attributes["aria-label"] or "") > 30
@@ -483,7 +498,7 @@ def test_results_are_read_where_the_outputs_lie_now(
         results[name] = result.model_copy(update={"directory": moved})
     request = store.make_request(STAGES["report"], SETTINGS, tmp_path, results)
     run_stage(request, report.compute)
-    assert len(Page((request.directory / "index.html").read_text()).named("svg")) == 6
+    assert len(Page((request.directory / "index.html").read_text()).named("svg")) == 7
 
 
 def test_every_stage_with_results_has_a_title() -> None:

@@ -18,6 +18,7 @@ from training.images import open_splits
 from training.report_pictures import Pictures
 from training.run_record import run_directory
 from training.settings import Settings, merge
+from training.steps import Found
 from training.store import StageResult
 
 RunStages = Callable[..., dict[str, StageResult]]
@@ -114,7 +115,8 @@ def test_the_page_of_a_run_has_all_of_them(stored_page: Path) -> None:
     page = Page(html)
     assert {
         *("Scores on test", "Pretraining", "Which way up?", "What each layer knows"),
-        *("Where it looks", "Features, by class", "Training on labels", "Data"),
+        *("With few labels, and with many", "Where it looks", "Features, by class"),
+        *("Training on labels", "Data"),
         *("Settings", "Times", "Environment"),
     } == set(page.headings)
     images = page.named("img")
@@ -153,7 +155,7 @@ def test_without_labels_there_are_turns_and_looks(
     values = merge(tiny_values, {"data": {"source": f"folder:{photos}"}, "pretrain": {"epochs": 2}})
     settings = validate(values)
     made = run_stages(settings, tmp_path / "outputs", "pretrain")
-    page = Page(report.whole_page(made, settings))
+    page = Page(report.whole_page(Found(made), settings))
     assert {"Which way up?", "Where it looks"} <= set(page.headings)
     assert "Features, by class" not in page.headings
 
@@ -163,13 +165,13 @@ def test_models_that_are_gone_cost_their_pictures_and_not_the_page(
 ) -> None:
     nowhere = {"directory": tmp_path}
     without = {**results, "finetune_1": results["finetune_1"].model_copy(update=nowhere)}
-    page = Page(report.whole_page(without, settings))
+    page = Page(report.whole_page(Found(without), settings))
     assert len(page.named("img")) == 27
     assert re.findall(r"([^\n]+): \d+ of 21 right", page.text) == [
         *("Linear probe", "Fine-tune, last two blocks", "From scratch")
     ]
     without["pretrain"] = results["pretrain"].model_copy(update=nowhere)
-    assert Page(report.whole_page(without, settings)).named("img") == []
+    assert Page(report.whole_page(Found(without), settings)).named("img") == []
 
 
 def test_a_run_that_is_going_is_reported_so_far(

@@ -100,7 +100,7 @@ def test_how_a_killed_run_ended_is_noted_with_the_command_that_resumes(
     record = RunRecord(tiny_settings, tmp_path, until="linear_probe")
     checkpoint = tmp_path / "pretrain" / "k" / "checkpoints" / "step-00000012-evaluated"
     checkpoint.mkdir(parents=True)
-    request = SimpleNamespace(stage="pretrain", directory=tmp_path / "pretrain" / "k")
+    request = SimpleNamespace(title="pretrain", directory=tmp_path / "pretrain" / "k")
     record.begin(request)  # type: ignore[arg-type]
     added = note_end(tiny_settings, tmp_path, state="crashed", message="killed")
     assert added is not None

@@ -424,6 +424,15 @@ def test_layers_are_rows_with_the_layer_as_step(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.slow
+def test_points_of_a_curve_are_rows_with_the_labels_as_step(pipeline: Pipeline) -> None:
+    standin, results = pipeline
+    points = results["label_efficiency"].scores["points"]
+    rows = standin.run_of("label_efficiency").history
+    assert [row["_step"] for row in rows] == [row["labels"] for row in points] == [3, 5, 27, 54]
+    assert [row["top1"] for row in rows] == pytest.approx([row["top1"] for row in points])
+
+
+@pytest.mark.slow
 def test_models_and_the_report_are_artifacts(pipeline: Pipeline) -> None:
     standin, results = pipeline
     models = {"pretrain", "linear_probe", "finetune_1", "finetune_2", "from_scratch"}

@@ -78,3 +78,14 @@ def test_frozen_tokens_are_said_with_their_size_and_whether_they_are_kept() -> N
     assert scores_in_words("frozen_tokens", row) == "of 9,469 images, 1,959 MB"
     row["kept"] = False
     assert scores_in_words("frozen_tokens", row) == "of 9,469 images, 1,959 MB: too large to keep"
+
+
+def test_a_curve_is_said_with_its_ends() -> None:
+    points = [
+        {"labels": 30, "top1": 0.351, "random_top1": 0.143},
+        {"labels": 300, "top1": 0.456, "random_top1": 0.199},
+        {"labels": 3000, "top1": 0.651, "random_top1": 0.252},
+    ]
+    assert scores_in_words("label_efficiency", {"points": points}) == (
+        "top-1 0.35 to 0.65 with 30 to 3,000 labels (random 0.14 to 0.25)"
+    )
