@@ -14,8 +14,8 @@ def cloud(images: int, width: int, rng: torch.Generator) -> Tensor:
 
 
 def rotation(width: int, rng: torch.Generator) -> Tensor:
-    turned: Tensor = torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
-    return turned
+    found: Tensor = torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
+    return found
 
 
 @pytest.mark.parametrize("images", [41, 5], ids=["more than the width", "fewer"])

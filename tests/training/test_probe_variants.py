@@ -64,7 +64,9 @@ def test_a_shallow_backbone_gives_the_blocks_that_it_has(depth: int, widths: lis
 
 @pytest.fixture
 def settings() -> Settings:
-    return validate({"linear_probe": {"epochs": 40, "lrs": [0.3], "weight_decays": [0.0, 0.1]}})
+    # The first rate diverges; val must choose the other.
+    lrs = [3e38, 0.3]
+    return validate({"linear_probe": {"epochs": 40, "lrs": lrs, "weight_decays": [0.0, 0.1]}})
 
 
 @pytest.mark.parametrize(
