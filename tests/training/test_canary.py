@@ -1,0 +1,131 @@
+"""The canary on a user's own files: silent where nothing leaks, loud where something does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows.cli import main
+from training.canary import Reading, Verdict, check_path
+from training.configure import build_settings
+from training.settings import ConfigError
+
+MakeFolder = Callable[..., Path]
+
+SMALL = ["model.image_size=16", "model.patch_size=8", "data.crop_margin=0"]
+
+
+@pytest.fixture
+def folder_of(tmp_path: Path) -> MakeFolder:
+    """A folder of flat pictures: what they show does not matter."""
+
+    def make(format: str, size: tuple[int, int], **options: Any) -> Path:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        for number in range(3):
+            Image.new("RGB", size, number).save(folder / f"{number}.{format}", **options)
+        return folder
+
+    return make
+
+
+def check(folder: Path, tmp_path: Path, *overrides: str) -> Verdict:
+    settings = build_settings(overrides=[f"data.source=folder:{folder}", *SMALL, *overrides])
+    return check_path(settings, images=900, workplace=tmp_path)
+
+
+def test_photos_that_are_much_larger_than_the_input_are_clean(
+    folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    verdict = check(folder_of("jpg", (96, 72), quality=75), tmp_path)
+    assert [reading.chance for reading in verdict.readings] == [0.25, 0.5, 0.25, 0.5]
+    assert [reading.images for reading in verdict.readings] == [600] * 4
+    assert not verdict.leaks, verdict
+    assert verdict.in_words().startswith("Clean")
+    assert verdict.files == "3 JPEG; 96 px on the long side"
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"], "nothing is left behind"
+
+
+def test_jpeg_files_of_the_size_of_the_input_leak(folder_of: MakeFolder, tmp_path: Path) -> None:
+    verdict = check(folder_of("jpg", (16, 16), quality=50), tmp_path)
+    assert verdict.leaks
+    assert verdict.in_words().startswith("Leaking")
+    assert "model.image_size" in verdict.in_words()
+
+
+def test_squashing_in_the_data_path_leaks(
+    folder_of: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("png", (96, 48))
+    assert not check(folder, tmp_path).leaks
+    monkeypatch.setattr("data.decode.centre_crop_square", lambda image: image)
+    squashed = check(folder, tmp_path)
+    assert [reading.leaks for reading in squashed.readings if reading.chance == 0.5] == [True] * 2
+
+
+def test_what_happens_to_training_batches_only_is_found(
+    folder_of: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def darken_the_top(images: Any, mirrored: Any) -> Any:
+        images = images.clone()
+        images[:, :, :2] //= 2
+        return images
+
+    monkeypatch.setattr("data.loaders.flip", darken_the_top)
+    leaks = {
+        reading.batches: reading.leaks
+        for reading in check(folder_of("png", (40, 40)), tmp_path).readings
+        if reading.chance == 0.25
+    }
+    assert leaks == {"training": True, "evaluation": False}
+
+
+def test_a_share_is_held_against_chance_by_its_interval() -> None:
+    """By hand: 0.25 of 2,000 is told apart from 0.25 + 3.29 × sqrt(0.25 × 0.75 / 2,000) = 0.282."""
+    shares = np.array([0.25, 0.27, 0.29])
+    readings = [
+        Reading(batches="training", question="the turn", chance=0.25, share=share, images=2000)
+        for share in shares
+    ]
+    assert [reading.leaks for reading in readings] == [False, False, True]
+    low, high = readings[0].interval
+    assert (low, high) == pytest.approx((0.25 - 0.030, 0.25 + 0.033), abs=0.002)
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 150"):
+        check_path(build_settings(), images=149, workplace=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("format", "size", "status", "word"),
+    [("png", (48, 32), 0, "Clean"), ("jpg", (16, 16), 1, "Leaking")],
+)
+def test_the_command_says_it_in_a_sentence_and_by_its_exit_status(
+    folder_of: MakeFolder,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    format: str,
+    size: tuple[int, int],
+    status: int,
+    word: str,
+) -> None:
+    folder = folder_of(format, size, quality=50)
+    options = [option for setting in SMALL for option in ("--set", setting)]
+    options += ["--images", "600", "--outputs", str(tmp_path / "outputs")]
+    found = main(["canary", "--source", f"folder:{folder}", *options])
+    printed = capfd.readouterr().out
+    assert found == status
+    assert printed.splitlines()[-1].startswith(word)
+    assert f"folder:{folder}" in printed.replace("\n", "")
+
+
+def test_a_source_that_is_not_there_is_a_user_s_mistake(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--source", "folder:nowhere", "--outputs", str(tmp_path)]
+    assert main(["canary", *options]) == 2
+    assert "must name a folder" in capfd.readouterr().err
