@@ -53,6 +53,7 @@ class Task:
         score: The metric that decides which epoch is best (higher is better), where best weights
             are kept; none keeps the last.
         patience: Epochs without a better score after which training stops; none for all.
+        layer_decay: Learning rate of each layer over that of the layer above; none for one rate.
     """
 
     model: ViTForImageClassification
@@ -65,6 +66,7 @@ class Task:
     evaluate: Callable[[], dict[str, float]]
     score: str | None = None
     patience: int | None = None
+    layer_decay: float | None = None
 
 
 @dataclass
@@ -131,7 +133,9 @@ class _Run:
         self.total_steps = recipe.epochs * task.steps_per_epoch
         self.warmup_steps = round(recipe.warmup_epochs * task.steps_per_epoch)
         self.peak_lr = optim.scaled_lr(recipe.base_lr, task.samples_per_step)
-        self.optimizer = optim.make_optimizer(task.model, weight_decay=recipe.weight_decay)
+        self.optimizer = optim.make_optimizer(
+            task.model, weight_decay=recipe.weight_decay, layer_decay=task.layer_decay
+        )
         self.trained = [p for p in task.model.parameters() if p.requires_grad]
         self.made_with = asdict(context.hardware())
         self.started = self.saved_at = self.lap = time.monotonic()

@@ -12,6 +12,7 @@ from data.loaders import Batch, Batches, eval_batches
 from data.randomness import uniform
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
 from data.splits import Subset
+from models.drop_path import drop_paths
 from models.export import save_model
 from models.vit import to_device
 from training import loop, runner
@@ -32,6 +33,7 @@ def compute(context: StageContext) -> StageOutcome:
         context.input("data"), settings, context.input("transfer_data") if other else None
     )
     model = to_device(build_model(context, ROTATION_NAMES), device)
+    drop_paths(model, recipe.drop_path)
     batches = Batches(
         splits.train,
         batch_size=recipe.batch_size,

@@ -18,6 +18,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 
 
 class ConfigError(ValueError):
@@ -122,6 +123,9 @@ class RecipeSettings(Section):
     """Largest norm of the whole gradient; none switches clipping off."""
     flip: bool = True
     """Mirror images left-right at random, before any rotation."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: probability with which the branches of the last block are left out for a
+    sample; linearly less below (Huang et al. 2016, as in DeiT). Off by default."""
     accumulation_steps: PositiveInt = 1
     """Parts that each step's batch is computed in, one after the other, before one update: the
     same samples per step in less memory. Must divide `batch_size`."""
@@ -200,6 +204,10 @@ class FinetuneSettings(RecipeSettings):
     start_from: Literal["probe", "previous"] = "probe"
     """Where finetune_2 starts: from the probed backbone, as finetune_1 does, or from
     finetune_1's result (as the project that this one redoes did)."""
+    layer_decay: LayerDecay | None = None
+    """Learning rate of each block over that of the block above it, as in BEiT (Bao et al. 2022) and
+    MAE; the head's is the whole one, the last norm's and the last block's the first below. None, as
+    1, trains all at one rate."""
 
 
 class FromScratchSettings(RecipeSettings):

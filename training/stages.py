@@ -24,8 +24,9 @@ class Stage:
         name: Stem of its module and files.
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
-        reads_where_set: Names of settings that came later and are read only where they are on, so
-            that results from before they came stay valid.
+        reads_where_set: Names of settings that came later and are read only where they are not
+            at their default, which is off, so that results from before they came stay valid; also
+            those of a section that `reads` names.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
@@ -124,7 +125,7 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        reads_where_set=("data.leave_out_test_copies",),
+        reads_where_set=("data.leave_out_test_copies", "pretrain.drop_path"),
         needs=_needs_pretrain,
         version=2,
         in_child=True,
@@ -141,6 +142,7 @@ _ALL = (
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.drop_path", "finetune.layer_decay"),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         in_child=True,
         trains=True,
@@ -150,6 +152,7 @@ _ALL = (
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("finetune.drop_path", "finetune.layer_decay"),
         needs=_needs_finetune_2,
         in_child=True,
         trains=True,
@@ -159,6 +162,7 @@ _ALL = (
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
+        reads_where_set=("from_scratch.drop_path",),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
         in_child=True,

@@ -8,6 +8,7 @@ from transformers import ViTForImageClassification
 
 from data.loaders import Batch, Batches, eval_batches
 from data.splits import Subset
+from models.drop_path import drop_paths
 from models.export import save_model
 from models.vit import to_device
 from training import loop
@@ -34,7 +35,7 @@ def train_classifier(
     settings, hardware = context.settings, context.hardware()
     recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
     device, side = hardware.torch_device, settings.model.image_size
-    to_device(model, device)
+    drop_paths(to_device(model, device), recipe.drop_path)
     batches = Batches(
         images.train,
         batch_size=recipe.batch_size,
@@ -77,6 +78,7 @@ def train_classifier(
             evaluate=evaluate_on_val,
             score="val/top1",
             patience=recipe.patience,
+            layer_decay=recipe.layer_decay if isinstance(recipe, FinetuneSettings) else None,
         ),
         seed=settings.seed,
     )

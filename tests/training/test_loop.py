@@ -84,10 +84,10 @@ def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
 def test_stopped_and_resumed_ends_in_the_same_bytes(
     stop_after: StopAfter, request_of: RequestOf, precision: str, compiled: bool
 ) -> None:
-    """With dropout, which draws random numbers in every step."""
+    """With dropout and stochastic depth, which draw random numbers in every step."""
     changes = {
         "hardware": {"precision": precision, "compile": compiled},
-        "pretrain": {"accumulation_steps": 3},
+        "pretrain": {"accumulation_steps": 3, "drop_path": 0.3},
     }
     whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
     assert whole.settings.model.dropout > 0
@@ -110,6 +110,14 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
     run_stage(plain, pretrain.compute)
     run_stage(other, pretrain.compute)
     assert weights_sha256(plain) != weights_sha256(other)
+
+
+def test_stochastic_depth_is_not_without_effect(request_of: RequestOf) -> None:
+    """Or the resume above would show nothing about it."""
+    plain, dropping = request_of(outputs="p"), request_of({"pretrain": {"drop_path": 0.3}}, "d")
+    run_stage(plain, pretrain.compute)
+    run_stage(dropping, pretrain.compute)
+    assert weights_sha256(plain) != weights_sha256(dropping)
 
 
 @pytest.mark.parametrize("crashing", [1, 2, 3, 4])
@@ -367,8 +375,10 @@ def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
 
 @pytest.mark.slow
 def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
-    stop_after: StopAfter, run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
+    stop_after: StopAfter, run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
 ) -> None:
+    changes = {"finetune": {"layer_decay": 0.5, "drop_path": 0.3}}
+    tiny_settings = validate(merge(tiny_values, changes))
     sums = []
     for outputs, every in ((tmp_path / "whole", 10**6), (tmp_path / "cut", 4)):
         results = run_stages(tiny_settings, outputs, "linear_probe")
