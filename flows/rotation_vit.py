@@ -45,6 +45,7 @@ TASKS: dict[str, StageTask] = {
     "linear_probe": linear_probe,
     "finetune_1": finetune.with_options(name="finetune-1"),
     "finetune_2": finetune.with_options(name="finetune-2"),
+    "finetune_all": finetune.with_options(name="finetune-all"),
     "from_scratch": from_scratch,
     "feature_analysis": feature_analysis,
     "report": report,

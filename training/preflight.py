@@ -12,7 +12,10 @@ from training.stages import STAGES, plan, transfer_data
 from training.store import data_source
 from training.wandb_key import wandb_mode
 
-TRANSFER_STAGES = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "feature_analysis")
+TRANSFER_STAGES = (
+    *("linear_probe", "finetune_1", "finetune_2", "finetune_all", "from_scratch"),
+    "feature_analysis",
+)
 """Stages that need labels."""
 
 
@@ -65,6 +68,8 @@ def _check_source(name: str, settings: Settings, stages: list[str], outputs: Pat
         labels = _labels(source, images, settings)
         if not {"finetune_1", "finetune_2"}.isdisjoint(stages):
             _check_batch("finetune", settings.finetune.batch_size, labels)
+        if "finetune_all" in stages:
+            _check_batch("finetune_all", settings.finetune_all.batch_size, labels)
         if "from_scratch" in stages:
             _check_batch("from_scratch", settings.from_scratch.batch_size, labels)
 

@@ -246,7 +246,7 @@ class _Classes:
         if self.test is None or self.test.labels is None:
             return
         true = torch.from_numpy(self.test.labels)
-        for stage in ("linear_probe", "finetune_1", "finetune_2", "from_scratch"):
+        for stage in ("linear_probe", "finetune_1", "finetune_2", "finetune_all", "from_scratch"):
             if stage not in self.results:
                 continue
             try:

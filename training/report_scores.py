@@ -15,6 +15,7 @@ TITLES = {
     "linear_probe": "Linear probe",
     "finetune_1": "Fine-tune, last block",
     "finetune_2": "Fine-tune, last two blocks",
+    "finetune_all": "Fine-tune, all",
     "from_scratch": "From scratch",
     "feature_analysis": "Feature analysis",
 }
@@ -79,6 +80,7 @@ def class_scores(results: Mapping[str, StageResult]) -> Iterator[Score]:
         ("linear_probe", "linear head on the frozen backbone"),
         ("finetune_1", "head and last block trained"),
         ("finetune_2", "head and last two blocks trained"),
+        ("finetune_all", "all of the network trained"),
     ):
         if name in results:
             yield _top1(results[name], note)
@@ -118,7 +120,9 @@ def summary(results: Mapping[str, StageResult]) -> Iterator[str]:
             f"images right; on those of the untrained network, {probe['random_backbone_top1']:.0%}."
         )
     tuned = [
-        results[name].scores["top1"] for name in ("finetune_1", "finetune_2") if name in results
+        results[name].scores["top1"]
+        for name in ("finetune_1", "finetune_2", "finetune_all")
+        if name in results
     ]
     if tuned and "from_scratch" in results:
         yield (

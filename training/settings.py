@@ -176,6 +176,8 @@ class TransferSettings(Section):
     `transfer.source` is none)."""
     labels: PositiveInt | None = None
     """Labelled training images used, the same ones by every stage; none uses all."""
+    finetune_all: bool = False
+    """Fine-tune the whole network too (the stage finetune_all), as a third arm."""
 
 
 class LinearProbeSettings(Section):
@@ -208,6 +210,19 @@ class FinetuneSettings(RecipeSettings):
     """Learning rate of each block over that of the block above it, as in BEiT (Bao et al. 2022) and
     MAE; the head's is the whole one, the last norm's and the last block's the first below. None, as
     1, trains all at one rate."""
+
+
+class FinetuneAllSettings(RecipeSettings):
+    """All of the network, trained from the probed backbone; see `transfer.finetune_all`."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 64
+    base_lr: PositiveFloat = 5e-4
+    warmup_epochs: NonNegativeFloat = 3
+    patience: PositiveInt | None = None
+    """Epochs without a better val score after which training stops; none trains them all."""
+    layer_decay: LayerDecay | None = None
+    """Learning rate of each block over that of the block above it; see `finetune.layer_decay`."""
 
 
 class FromScratchSettings(RecipeSettings):
@@ -285,6 +300,7 @@ class Settings(Section):
     transfer: TransferSettings = TransferSettings()
     linear_probe: LinearProbeSettings = LinearProbeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    finetune_all: FinetuneAllSettings = FinetuneAllSettings()
     from_scratch: FromScratchSettings = FromScratchSettings()
     feature_analysis: FeatureAnalysisSettings = FeatureAnalysisSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -81,6 +81,8 @@ def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
 
 def _needs_report(settings: "Settings") -> dict[str, str]:
     names = [name for name in STAGES if name != "report"]
+    if not settings.transfer.finetune_all:
+        names.remove("finetune_all")
     if settings.transfer_is_pretrain_data:
         names.remove("prepare_transfer_data")
     data = [name for name in names if name.startswith("prepare")]
@@ -154,6 +156,15 @@ _ALL = (
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
         reads_where_set=("finetune.drop_path", "finetune.layer_decay"),
         needs=_needs_finetune_2,
+        in_child=True,
+        trains=True,
+        module="finetune",
+    ),
+    Stage(
+        name="finetune_all",
+        summary="Train all of the network, from the probed backbone.",
+        reads=("seed", "finetune_all", *_ARITHMETIC, *_LABELLED),
+        needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         in_child=True,
         trains=True,
         module="finetune",

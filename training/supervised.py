@@ -15,14 +15,14 @@ from training import loop
 from training.evaluation import Score, evaluate
 from training.images import LabelledImages
 from training.runner import StageContext, StageOutcome
-from training.settings import FinetuneSettings, FromScratchSettings
+from training.settings import FinetuneAllSettings, FinetuneSettings, FromScratchSettings
 
 
 def train_classifier(
     context: StageContext,
     model: ViTForImageClassification,
     images: LabelledImages,
-    section: Literal["finetune", "from_scratch"],
+    section: Literal["finetune", "finetune_all", "from_scratch"],
 ) -> StageOutcome:
     """Train what is trainable in `model`, keep the best epoch on val, score it on test once.
 
@@ -33,7 +33,8 @@ def train_classifier(
         section: Name of the recipe among the settings: epochs, batch size, rates, patience.
     """
     settings, hardware = context.settings, context.hardware()
-    recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
+    recipe: FinetuneSettings | FinetuneAllSettings | FromScratchSettings
+    recipe = getattr(settings, section)
     device, side = hardware.torch_device, settings.model.image_size
     drop_paths(to_device(model, device), recipe.drop_path)
     batches = Batches(
@@ -78,7 +79,7 @@ def train_classifier(
             evaluate=evaluate_on_val,
             score="val/top1",
             patience=recipe.patience,
-            layer_decay=recipe.layer_decay if isinstance(recipe, FinetuneSettings) else None,
+            layer_decay=None if isinstance(recipe, FromScratchSettings) else recipe.layer_decay,
         ),
         seed=settings.seed,
     )

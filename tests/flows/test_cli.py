@@ -27,7 +27,7 @@ ROTVIT = [sys.executable, "-m", "flows.cli"]
 
 STAGE_COMMANDS = [
     *("download", "prepare-data", "pretrain", "linear-probe", "finetune-1", "finetune-2"),
-    *("from-scratch", "feature-analysis", "report"),
+    *("finetune-all", "from-scratch", "feature-analysis", "report"),
 ]
 
 

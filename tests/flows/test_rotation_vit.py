@@ -17,7 +17,7 @@ from training.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]
 
-NOT_NEEDED = {"download", "download_transfer", "prepare_transfer_data"}
+NOT_NEEDED = {"download", "download_transfer", "prepare_transfer_data", "finetune_all"}
 STAGE_NAMES = [name for name in STAGES if name not in NOT_NEEDED]
 
 

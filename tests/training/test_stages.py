@@ -22,8 +22,9 @@ def names(settings: Settings, until: str | None = None) -> list[str]:
 
 
 def test_a_whole_run_has_every_stage_once() -> None:
-    assert names(REMOTE) == list(STAGES)
-    local = [name for name in STAGES if not name.startswith("download")]
+    usual = [name for name in STAGES if name != "finetune_all"]
+    assert names(REMOTE) == usual
+    local = [name for name in usual if not name.startswith("download")]
     assert names(APART) == local
     assert names(SHARED) == [name for name in local if name != "prepare_transfer_data"]
 
@@ -72,6 +73,15 @@ def test_a_run_until_a_stage_has_that_stage_and_what_it_needs(
 ) -> None:
     assert names(SHARED, until) == shared
     assert names(APART, until) == apart
+
+
+def test_all_is_fine_tuned_where_it_is_asked_for() -> None:
+    third = build_settings("imagenet", overrides=["transfer.finetune_all=true"])
+    assert names(third) == list(STAGES)
+    assert STAGES["report"].needs(third)["finetune_all"] == "finetune_all"
+    assert names(SHARED, "finetune-all") == [
+        *("prepare_data", "pretrain", "linear_probe", "finetune_all"),
+    ]
 
 
 def test_fine_tuning_twice_starts_from_the_probe_unless_told_to_go_on() -> None:

@@ -89,6 +89,7 @@ def test_the_exported_probe_scores_what_is_reported(
     [
         ("finetune_1", {"layers.1", "layernorm", "classifier"}),
         ("finetune_2", {"layers.0", "layers.1", "layernorm", "classifier"}),
+        ("finetune_all", {"embeddings", "layers.0", "layers.1", "layernorm", "classifier"}),
     ],
 )
 def test_fine_tuning_moves_the_head_and_the_last_blocks_only(
@@ -104,6 +105,19 @@ def test_fine_tuning_moves_the_head_and_the_last_blocks_only(
     moved = changed(before, after)
     # Val may find no epoch better than the first, but one epoch always moves all that is trained.
     assert moved == trained
+
+
+def test_fine_tuning_all_has_a_recipe_of_its_own(
+    run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"finetune_all": {"epochs": 2, "batch_size": 10, "layer_decay": 0.5}}
+    settings = validate(merge(tiny_values, changes))
+    result = run_stages(settings, tmp_path / "outputs", "finetune_all")["finetune_all"]
+    assert result.scores["epochs"] == 2
+    assert result.scores["steps"] == 2 * (30 // 10)
+    request = store.read_config(result.directory)
+    assert not [name for name in request.reads if name.startswith("finetune.")]
+    assert request.inputs["start"].stage == "linear_probe"
 
 
 def test_the_exported_fine_tuned_model_is_the_best_epoch_not_the_last(
