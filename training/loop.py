@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import ViTForImageClassification
 
@@ -54,6 +54,8 @@ class Task:
             are kept; none keeps the last.
         patience: Epochs without a better score after which training stops; none for all.
         layer_decay: Learning rate of each layer over that of the layer above; none for one rate.
+        network: What is trained where that is more than the model: the model, and heads that are
+            not exported. All of it is in the checkpoints.
     """
 
     model: ViTForImageClassification
@@ -67,6 +69,7 @@ class Task:
     score: str | None = None
     patience: int | None = None
     layer_decay: float | None = None
+    network: nn.Module | None = None
 
 
 @dataclass
@@ -133,10 +136,11 @@ class _Run:
         self.total_steps = recipe.epochs * task.steps_per_epoch
         self.warmup_steps = round(recipe.warmup_epochs * task.steps_per_epoch)
         self.peak_lr = optim.scaled_lr(recipe.base_lr, task.samples_per_step)
+        self.network: nn.Module = task.model if task.network is None else task.network
         self.optimizer = optim.make_optimizer(
-            task.model, weight_decay=recipe.weight_decay, layer_decay=task.layer_decay
+            self.network, weight_decay=recipe.weight_decay, layer_decay=task.layer_decay
         )
-        self.trained = [p for p in task.model.parameters() if p.requires_grad]
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.made_with = asdict(context.hardware())
         self.started = self.saved_at = self.lap = time.monotonic()
         self.state = TrainState()
@@ -171,7 +175,7 @@ class _Run:
                 else:
                     self._train_epoch()
         if self.task.score and self.state.best_weights:
-            self.task.model.load_state_dict(self.state.best_weights)
+            self.network.load_state_dict(self.state.best_weights)
         self._count_time()
         return self.state
 
@@ -293,7 +297,7 @@ class _Run:
             state.best_epoch = state.evaluated_epochs
             # Copies: what state_dict returns are the live weights, which go on changing.
             state.best_weights = {
-                name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()
+                name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()
             }
         self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
@@ -323,7 +327,6 @@ class _Run:
         if self.guard.last_was_skipped():
             return  # perhaps the first of many: what is saved must be good to go on from
         self._count_time()
-        model = self.task.model
         if not all(bool(torch.isfinite(p).all()) for p in self.trained):
             raise DivergedError(
                 f"The weights must be finite, they are not after step {self.state.step} of "
@@ -339,8 +342,8 @@ class _Run:
             step=self.state.step,
             evaluated=self.state.evaluated_epochs * self.task.steps_per_epoch == self.state.step,
             tensors={
-                "model": model.state_dict(),
-                "optimizer": checkpoint.optimizer_tensors(model, self.optimizer),
+                "model": self.network.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(self.network, self.optimizer),
                 **({"best": self.state.best_weights} if self.state.best_weights else {}),
             },
             state={**self.state.to_plain(), "tracker": position},
@@ -354,8 +357,8 @@ class _Run:
         if plain["best_score"] is None:
             plain["best_score"] = -math.inf
         device = self.trained[0].device
-        self.task.model.load_state_dict(saved.tensors["model"])
-        checkpoint.restore_optimizer(self.task.model, self.optimizer, saved.tensors["optimizer"])
+        self.network.load_state_dict(saved.tensors["model"])
+        checkpoint.restore_optimizer(self.network, self.optimizer, saved.tensors["optimizer"])
         best: Mapping[str, Tensor] = saved.tensors.get("best", {})
         self.state = TrainState(
             **plain,

@@ -5,15 +5,16 @@ which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728)
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data.loaders import Batch, Batches, eval_batches
-from data.randomness import uniform
+from data.randomness import derive_seed, uniform
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
 from data.splits import Subset
 from models.drop_path import drop_paths
 from models.export import save_model
+from models.pretraining_heads import MeanPooled
 from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
@@ -43,7 +44,10 @@ def compute(context: StageContext) -> StageOutcome:
         device=device,
     )
 
-    forward = hardware.for_training(model)
+    network: nn.Module = model
+    if recipe.pool == "mean":
+        network = MeanPooled(model, seed=derive_seed(settings.seed, "head on mean"))
+    forward = hardware.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
         if recipe.rotations == "all":
@@ -53,8 +57,11 @@ def compute(context: StageContext) -> StageOutcome:
             turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
             images = rotate_each(batch.images, turns)
         with hardware.autocast():
-            logits = forward(images).logits
-        return functional.cross_entropy(logits.float(), turns)
+            answers = forward(images)
+        loss = functional.cross_entropy(answers.logits.float(), turns)
+        if recipe.pool == "mean":
+            loss = loss + functional.cross_entropy(answers.mean_logits.float(), turns)
+        return loss
 
     def score(subset: Subset) -> Score:
         return evaluate(
@@ -80,6 +87,7 @@ def compute(context: StageContext) -> StageOutcome:
             batches=batches.epoch,
             compute_loss=compute_loss,
             evaluate=evaluate_on_val,
+            network=network,
         ),
         seed=settings.seed,
     )

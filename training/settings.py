@@ -159,6 +159,10 @@ class PretrainSettings(RecipeSettings):
     warmup_epochs: NonNegativeFloat = 1
     rotations: Literal["all", "random"] = "all"
     """All four turns of each image in the same step, or one at random per image."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What the backbone learns from: a head on the class token, or one on the mean of the patch
+    tokens. The exported head reads the class token either way (with mean it learns beside the other
+    one and passes nothing on), and the rotation accuracy is that head's."""
 
     @property
     def samples_per_step(self) -> int:

@@ -84,10 +84,10 @@ def checkpoint_bytes(request: StageRequest) -> dict[str, str]:
 def test_stopped_and_resumed_ends_in_the_same_bytes(
     stop_after: StopAfter, request_of: RequestOf, precision: str, compiled: bool
 ) -> None:
-    """With dropout and stochastic depth, which draw random numbers in every step."""
+    """With dropout, which draws random numbers in every step."""
     changes = {
         "hardware": {"precision": precision, "compile": compiled},
-        "pretrain": {"accumulation_steps": 3, "drop_path": 0.3},
+        "pretrain": {"accumulation_steps": 3},
     }
     whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
     assert whole.settings.model.dropout > 0
@@ -112,12 +112,28 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
     assert weights_sha256(plain) != weights_sha256(other)
 
 
-def test_stochastic_depth_is_not_without_effect(request_of: RequestOf) -> None:
-    """Or the resume above would show nothing about it."""
-    plain, dropping = request_of(outputs="p"), request_of({"pretrain": {"drop_path": 0.3}}, "d")
+RECIPES: dict[str, dict[str, Any]] = {
+    "drop_path": {"drop_path": 0.3},
+    "pool": {"pool": "mean"},
+}
+"""Options of pretraining that have a state, or random numbers, of their own."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_option_of_the_recipe_is_not_without_effect_and_resumes_to_the_same_bytes(
+    stop_after: StopAfter, request_of: RequestOf, name: str
+) -> None:
+    changes = {"pretrain": {**RECIPES[name], "epochs": 2}}
+    plain = request_of({"pretrain": {"epochs": 2}}, "plain")
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
     run_stage(plain, pretrain.compute)
-    run_stage(dropping, pretrain.compute)
-    assert weights_sha256(plain) != weights_sha256(dropping)
+    expected = run_stage(whole, pretrain.compute)
+    assert weights_sha256(plain) != weights_sha256(whole)
+    result, stops = run_with_stops(cut, stop_after, 5)
+    assert stops >= 2
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert metrics(cut) == metrics(whole)
+    assert result.scores == expected.scores
 
 
 @pytest.mark.parametrize("crashing", [1, 2, 3, 4])
