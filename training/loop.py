@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from data.loaders import Batch
 from data.randomness import derive_seed
 from models.freezing import set_train_mode
 from training import checkpoint, optim
+from training.averaging import WeightAverage
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.divergence import StepGuard
@@ -54,6 +55,8 @@ class Task:
             are kept; none keeps the last.
         patience: Epochs without a better score after which training stops; none for all.
         layer_decay: Learning rate of each layer over that of the layer above; none for one rate.
+        ema: Share that an average of the weights keeps in every step; it is what is evaluated and
+            what is left in the end. None for no average.
         network: What is trained where that is more than the model: the model, and heads that are
             not exported. All of it is in the checkpoints.
     """
@@ -69,6 +72,7 @@ class Task:
     score: str | None = None
     patience: int | None = None
     layer_decay: float | None = None
+    ema: float | None = None
     network: nn.Module | None = None
 
 
@@ -107,7 +111,8 @@ class TrainState:
 def train(context: StageContext, task: Task, *, seed: int) -> TrainState:
     """Train to the end, from the newest checkpoint where there is one.
 
-    The model is left with its final weights: the best epoch's where `task.score` is set.
+    The model is left with its final weights: the average where `task.ema` is set, and of them the
+    best epoch's where `task.score` is.
 
     Raises:
         DivergedError: If `checkpoint.max_skipped_steps` losses or gradients in a row were not
@@ -141,6 +146,7 @@ class _Run:
             self.network, weight_decay=recipe.weight_decay, layer_decay=task.layer_decay
         )
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.average = None if task.ema is None else WeightAverage(self.network, task.ema)
         self.made_with = asdict(context.hardware())
         self.started = self.saved_at = self.lap = time.monotonic()
         self.state = TrainState()
@@ -174,6 +180,8 @@ class _Run:
                     self._end_epoch()
                 else:
                     self._train_epoch()
+        if self.average:
+            self.average.put_in_place()
         if self.task.score and self.state.best_weights:
             self.network.load_state_dict(self.state.best_weights)
         self._count_time()
@@ -214,6 +222,8 @@ class _Run:
         # Fused AdamW skips the step where this is 1; see StepGuard.
         self.optimizer.found_inf = self.guard.found_inf(loss, norm)  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.average:
+            self.average.update(state.step)
         state.step += 1
         if state.step % self.context.settings.tracking.log_every_steps == 0:
             self._log(loss.item(), lr)
@@ -287,18 +297,10 @@ class _Run:
     def _end_epoch(self) -> None:
         state, task = self.state, self.task
         try:
-            scores = task.evaluate()
+            with self.average.in_place() if self.average else nullcontext():
+                scores = self._evaluate()
         except InterruptedError:  # asked to stop: the evaluation is done again after a resume
             self._save_and_leave()
-        state.evaluated_epochs += 1
-        state.val_scores = scores
-        if task.score and scores[task.score] > state.best_score:
-            state.best_score = scores[task.score]
-            state.best_epoch = state.evaluated_epochs
-            # Copies: what state_dict returns are the live weights, which go on changing.
-            state.best_weights = {
-                name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()
-            }
         self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
             "%s: epoch %d of %d, %s",
@@ -308,6 +310,21 @@ class _Run:
             ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
         )
         self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Score the weights as they are, and keep them if they are the best so far."""
+        state, task = self.state, self.task
+        scores = task.evaluate()
+        state.evaluated_epochs += 1
+        state.val_scores = scores
+        if task.score and scores[task.score] > state.best_score:
+            state.best_score = scores[task.score]
+            state.best_epoch = state.evaluated_epochs
+            # Copies: what state_dict returns are the live weights, which go on changing.
+            state.best_weights = {
+                name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()
+            }
+        return scores
 
     def _save_if_due(self) -> None:
         rule = self.context.settings.checkpoint
@@ -345,6 +362,7 @@ class _Run:
                 "model": self.network.state_dict(),
                 "optimizer": checkpoint.optimizer_tensors(self.network, self.optimizer),
                 **({"best": self.state.best_weights} if self.state.best_weights else {}),
+                **({"average": self.average.tensors()} if self.average else {}),
             },
             state={**self.state.to_plain(), "tracker": position},
         )
@@ -359,6 +377,8 @@ class _Run:
         device = self.trained[0].device
         self.network.load_state_dict(saved.tensors["model"])
         checkpoint.restore_optimizer(self.network, self.optimizer, saved.tensors["optimizer"])
+        if self.average:
+            self.average.restore(saved.tensors["average"])
         best: Mapping[str, Tensor] = saved.tensors.get("best", {})
         self.state = TrainState(
             **plain,

@@ -87,6 +87,7 @@ def compute(context: StageContext) -> StageOutcome:
             batches=batches.epoch,
             compute_loss=compute_loss,
             evaluate=evaluate_on_val,
+            ema=recipe.ema,
             network=network,
         ),
         seed=settings.seed,

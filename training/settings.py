@@ -163,6 +163,9 @@ class PretrainSettings(RecipeSettings):
     """What the backbone learns from: a head on the class token, or one on the mean of the patch
     tokens. The exported head reads the class token either way (with mean it learns beside the other
     one and passes nothing on), and the rotation accuracy is that head's."""
+    ema: Fraction | None = None
+    """Share that an exponential average of the weights keeps in every step, such as 0.999; the
+    averaged weights are evaluated and exported (Polyak and Juditsky 1992). None for no average."""
 
     @property
     def samples_per_step(self) -> int:

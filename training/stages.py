@@ -127,7 +127,12 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        reads_where_set=("data.leave_out_test_copies", "pretrain.drop_path", "pretrain.pool"),
+        reads_where_set=(
+            "data.leave_out_test_copies",
+            "pretrain.drop_path",
+            "pretrain.pool",
+            "pretrain.ema",
+        ),
         needs=_needs_pretrain,
         version=2,
         in_child=True,

@@ -21,6 +21,7 @@ COMPUTED = ("pretrain", "linear_probe", "finetune_1", "finetune_2", "from_scratc
 ON: dict[str, Any] = {
     "pretrain.drop_path": 0.1,
     "pretrain.pool": "mean",
+    "pretrain.ema": 0.999,
     "finetune.drop_path": 0.1,
     "finetune.layer_decay": 0.75,
     "from_scratch.drop_path": 0.1,

@@ -115,6 +115,8 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
 RECIPES: dict[str, dict[str, Any]] = {
     "drop_path": {"drop_path": 0.3},
     "pool": {"pool": "mean"},
+    "ema": {"ema": 0.9},
+    "ema of more than the model": {"ema": 0.9, "pool": "mean"},
 }
 """Options of pretraining that have a state, or random numbers, of their own."""
 
