@@ -16,7 +16,7 @@ from torch import Tensor
 from data.randomness import order_by, uniform
 from data.records import DatasetError
 from data.splits import Subset
-from data.transforms import crop, flip, normalise
+from data.transforms import crop, flip, jitter_colours, make_grey, normalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class Batches:
         flip: bool,
         seed: int,
         device: torch.device,
+        colour_jitter: float = 0.0,
+        greyscale: float = 0.0,
     ) -> None:
         """Check that batches can be made.
 
@@ -77,6 +79,9 @@ class Batches:
             flip: Mirror each image with probability one half.
             seed: Base seed of order, crops and mirroring.
             device: Where the batches go; bytes are sent there and expanded there.
+            colour_jitter: Brightness, contrast and saturation of each image are multiplied by
+                factors between 1 minus this and 1 plus this; in [0, 1].
+            greyscale: Probability in [0, 1] with which an image loses its colours.
 
         Raises:
             DatasetError: If the images fill no batch or are smaller than the crop.
@@ -90,6 +95,7 @@ class Batches:
         self.steps_per_epoch = len(subset) // batch_size
         self._subset, self._batch_size, self._side = subset, batch_size, side
         self._flip, self._seed, self._device = flip, seed, device
+        self._colour_jitter, self._greyscale = colour_jitter, greyscale
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, from step `start_step`.
@@ -123,9 +129,18 @@ class Batches:
             images = crop(images, self._send(tops), self._send(lefts), self._side)
         if self._flip:
             images = flip(images, self._send(uniform(self._seed, epoch, ids, "flip") < 0.5))
+        if self._colour_jitter:
+            factors = (
+                1 + self._colour_jitter * (2 * uniform(self._seed, epoch, ids, stream) - 1)
+                for stream in ("brightness", "contrast", "saturation")
+            )
+            images = jitter_colours(images, *(self._send(each) for each in factors))
+        if self._greyscale:
+            chosen = uniform(self._seed, epoch, ids, "greyscale") < self._greyscale
+            images = make_grey(images, self._send(chosen))
         return images
 
-    def _send(self, values: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
+    def _send(self, values: NDArray[np.int64] | NDArray[np.bool_] | NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 

@@ -165,6 +165,8 @@ def _training_batches(subset: Subset, settings: Settings) -> Iterable[Batch]:
         flip=settings.pretrain.flip,
         seed=settings.seed,
         device=torch.device("cpu"),
+        colour_jitter=settings.pretrain.colour_jitter,
+        greyscale=settings.pretrain.greyscale,
     )
     return batches.epoch(0)
 

@@ -42,6 +42,8 @@ def compute(context: StageContext) -> StageOutcome:
         flip=recipe.flip,
         seed=settings.seed,
         device=device,
+        colour_jitter=recipe.colour_jitter,
+        greyscale=recipe.greyscale,
     )
 
     network: nn.Module = model

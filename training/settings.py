@@ -163,6 +163,12 @@ class PretrainSettings(RecipeSettings):
     """What the backbone learns from: a head on the class token, or one on the mean of the patch
     tokens. The exported head reads the class token either way (with mean it learns beside the other
     one and passes nothing on), and the rotation accuracy is that head's."""
+    colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Change brightness, contrast and saturation of each image by factors up to this far from 1
+    (Howard 2013), the same in all its turns."""
+    greyscale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability with which an image loses its colours, in all its turns (as in SimCLR, Chen et
+    al. 2020)."""
     ema: Fraction | None = None
     """Share that an exponential average of the weights keeps in every step, such as 0.999; the
     averaged weights are evaluated and exported (Polyak and Juditsky 1992). None for no average."""

@@ -132,6 +132,8 @@ _ALL = (
             "pretrain.drop_path",
             "pretrain.pool",
             "pretrain.ema",
+            "pretrain.colour_jitter",
+            "pretrain.greyscale",
         ),
         needs=_needs_pretrain,
         version=2,

@@ -20,9 +20,17 @@ def subset(make_prepared: MakePrepared) -> Subset:
 
 
 def make_batches(
-    subset: Subset, *, batch_size: int = 5, side: int = 7, flip: bool = False, seed: int = 0
+    subset: Subset,
+    *,
+    batch_size: int = 5,
+    side: int = 7,
+    flip: bool = False,
+    seed: int = 0,
+    **colours: float,
 ) -> Batches:
-    return Batches(subset, batch_size=batch_size, side=side, flip=flip, seed=seed, device=CPU)
+    return Batches(
+        subset, batch_size=batch_size, side=side, flip=flip, seed=seed, device=CPU, **colours
+    )
 
 
 def as_bytes(images: torch.Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -85,7 +93,8 @@ def test_an_epoch_entered_in_the_middle_goes_on_the_same(subset: Subset) -> None
 
 def test_augmentation_does_not_depend_on_the_batch(subset: Subset) -> None:
     def by_id(batch_size: int) -> dict[int, torch.Tensor]:
-        batches = make_batches(subset, batch_size=batch_size, side=4, flip=True)
+        colours = {"colour_jitter": 0.5, "greyscale": 0.5}
+        batches = make_batches(subset, batch_size=batch_size, side=4, flip=True, **colours)
         return {
             int(number): image
             for batch in batches.epoch(1)
@@ -115,6 +124,23 @@ def test_crops_come_from_everywhere_and_half_of_them_are_mirrored(subset: Subset
             found[places[0]] += 1
     expected = found.sum() / 18
     assert ((found - expected) ** 2 / expected).sum() < 44  # chi-square, 17 degrees, p = 0.0003
+
+
+def test_colours_change_as_often_and_as_far_as_asked_for(subset: Subset) -> None:
+    """The mean of an image follows its brightness, as contrast and saturation leave it alone."""
+    grey = jittered = 0
+    for seed in range(40):
+        (batch,) = make_batches(subset, batch_size=17, greyscale=0.5, seed=seed).epoch(0)
+        grey += int((batch.images == batch.images[:, :1]).flatten(1).all(dim=1).sum())
+    assert grey / (40 * 17) == pytest.approx(0.5, abs=0.06), "three standard errors"
+    for seed in range(4):
+        (batch,) = make_batches(subset, batch_size=17, colour_jitter=0.5, seed=seed).epoch(0)
+        original = subset.split.gather(batch.ids).astype(float)
+        factors = as_bytes(batch.images).mean(axis=(1, 2, 3)) / original.mean(axis=(1, 2, 3))
+        assert factors.min() >= 0.45
+        assert factors.max() <= 1.55
+        jittered += len(set(factors.round(3)))
+    assert jittered > 60, "each image by factors of its own"
 
 
 def test_evaluation_shows_every_image_once_in_order_and_its_middle(subset: Subset) -> None:

@@ -115,6 +115,7 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
 RECIPES: dict[str, dict[str, Any]] = {
     "drop_path": {"drop_path": 0.3},
     "pool": {"pool": "mean"},
+    "colours": {"colour_jitter": 0.4, "greyscale": 0.2},
     "ema": {"ema": 0.9},
     "ema of more than the model": {"ema": 0.9, "pool": "mean"},
 }
