@@ -1,6 +1,6 @@
 """Heads that pretraining needs beside the one that is exported, and leaves behind.
 
-Dimension key: B = images in the batch, S = image side in pixels, D = width of the tokens, C =
+Dimension key: B = images in the batch, S = image side in pixels, P = patches per image, C =
 classes.
 """
 
@@ -14,50 +14,61 @@ from models.vit import INITIAL_STD
 
 
 class Answers(NamedTuple):
-    """What the heads say about the turns of images; `(B, C)` each."""
+    """What the heads say."""
 
     logits: Tensor
-    """Of the exported head, which reads the class token."""
-    mean_logits: Tensor
-    """Of the head that reads the mean of the patch tokens."""
+    """`(B, C)` of the exported head, which reads the class token; of patches `(B, P, C)`."""
+    mean_logits: Tensor | None = None
+    """`(B, C)` of the head that reads the mean of the patch tokens, where there is one."""
 
 
-class MeanPooled(nn.Module):
-    """A network whose backbone learns from a head on the mean of its patch tokens alone.
+class PretrainingNetwork(nn.Module):
+    """A network with heads beside the one that it has as a transformers' ViT and is exported with.
 
-    Transformers' ViT has one head, which reads the class token, and so has what is exported. That
-    head learns beside the other one, from class tokens that pass no gradient on: the backbone is
-    the other head's, and the exported model can tell turns all the same.
+    With a head on the mean of the patch tokens, the backbone learns from that one: the exported
+    head learns beside it, from class tokens that pass no gradient on, so that the exported model
+    can tell turns all the same. A head on patches reads each patch token by itself.
     """
 
-    def __init__(self, model: ViTForImageClassification, *, seed: int) -> None:
-        """Put a head beside that of a model.
+    def __init__(
+        self, model: ViTForImageClassification, *, mean: bool, patches: bool, seed: int
+    ) -> None:
+        """Put heads beside that of a model.
 
         Args:
             model: The network; its weights are shared with it, and its device taken.
-            seed: Of the head's weights.
+            mean: Whether the backbone is to learn from the mean of the patch tokens.
+            patches: Whether patches are to be read one by one.
+            seed: Of the heads' weights.
         """
         super().__init__()
         self.model = model
-        self.head = new_head(model, model.num_labels, seed=seed)
+        self.mean_head = new_head(model, seed=seed) if mean else None
+        self.patch_head = new_head(model, seed=seed + 1) if patches else None
 
-    def forward(self, pixels: Tensor) -> Answers:
-        """Read images `(B, 3, S, S)`, normalised."""
+    def forward(self, pixels: Tensor, *, patches: bool = False) -> Answers:
+        """Read images `(B, 3, S, S)`, normalised: which turn each has, or each of its patches."""
         tokens = self.model.vit(pixels).last_hidden_state
+        if patches:
+            assert self.patch_head is not None
+            return Answers(self.patch_head(tokens[:, 1:]))
+        if self.mean_head is None:
+            return Answers(self.model.classifier(tokens[:, 0]))
         return Answers(
             logits=self.model.classifier(tokens[:, 0].detach()),
-            mean_logits=self.head(tokens[:, 1:].mean(dim=1)),
+            mean_logits=self.mean_head(tokens[:, 1:].mean(dim=1)),
         )
 
 
 @torch.no_grad()
-def new_head(model: ViTForImageClassification, num_labels: int, *, seed: int) -> nn.Linear:
-    """Return a small head for the tokens of a model, on its device.
+def new_head(model: ViTForImageClassification, *, seed: int) -> nn.Linear:
+    """Return a small head for the tokens of a model, on its device, as wide as the model's own.
 
     Its weights depend on the seed and the sizes alone; the global random state is left as it was.
     """
     # On the meta device, because initialising it would draw from the global random state.
-    head = nn.Linear(model.config.hidden_size, num_labels, device="meta").to_empty(device="cpu")
+    head = nn.Linear(model.config.hidden_size, model.num_labels, device="meta")
+    head = head.to_empty(device="cpu")
     head.weight.normal_(std=INITIAL_STD, generator=torch.Generator().manual_seed(seed))
     head.bias.zero_()
     return head.to(model.device)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training.settings import HardwareSettings
 from training.stage_files import OutputsError
@@ -46,7 +46,7 @@ class Hardware:
         """The device, as torch names it."""
         return torch.device(self.device)
 
-    def for_training(self, model: nn.Module) -> Callable[[Tensor], Any]:
+    def for_training(self, model: nn.Module) -> Callable[..., Any]:
         """Return what calls the model in a training step: compiled, or the model itself.
 
         The model's weights and their names stay what they are.

@@ -4,17 +4,24 @@ Every image is shown turned by 0, 90, 180 and 270 degrees in the same step, and 
 which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728).
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.loaders import Batch, Batches, eval_batches
 from data.randomness import derive_seed, uniform
-from data.rotation import NUM_ROTATIONS, ROTATION_NAMES, make_rotation_batch, rotate_each
+from data.rotation import (
+    NUM_ROTATIONS,
+    ROTATION_NAMES,
+    make_rotation_batch,
+    rotate_each,
+    turn_patches,
+)
 from data.splits import Subset
 from models.drop_path import drop_paths
 from models.export import save_model
-from models.pretraining_heads import MeanPooled
+from models.pretraining_heads import PretrainingNetwork
 from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
@@ -47,8 +54,13 @@ def compute(context: StageContext) -> StageOutcome:
     )
 
     network: nn.Module = model
-    if recipe.pool == "mean":
-        network = MeanPooled(model, seed=derive_seed(settings.seed, "head on mean"))
+    if recipe.pool == "mean" or recipe.patch_rotation:
+        network = PretrainingNetwork(
+            model,
+            mean=recipe.pool == "mean",
+            patches=recipe.patch_rotation > 0,
+            seed=derive_seed(settings.seed, "heads"),
+        )
     forward = hardware.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
@@ -63,7 +75,25 @@ def compute(context: StageContext) -> StageOutcome:
         loss = functional.cross_entropy(answers.logits.float(), turns)
         if recipe.pool == "mean":
             loss = loss + functional.cross_entropy(answers.mean_logits.float(), turns)
+        if recipe.patch_rotation:
+            loss = loss + recipe.patch_rotation * patch_loss(batch)
         return loss
+
+    def patch_loss(batch: Batch) -> Tensor:
+        """Each image once more, with every patch turned by itself."""
+        patch, count = settings.model.patch_size, side // settings.model.patch_size
+        patches = batch.ids[:, None] * count**2 + np.arange(count**2)
+        drawn = uniform(settings.seed, batch.epoch, patches, "patch rotation")
+        turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
+        images = turn_patches(
+            batch.images,
+            turns.unflatten(1, (count, count)),
+            patch_size=patch,
+            gap=2 * max(1, round(recipe.patch_gap * patch / 2)),
+        )
+        with hardware.autocast():
+            answers = forward(images, patches=True)
+        return functional.cross_entropy(answers.logits.float().flatten(0, 1), turns.flatten())
 
     def score(subset: Subset) -> Score:
         return evaluate(

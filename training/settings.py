@@ -169,6 +169,12 @@ class PretrainSettings(RecipeSettings):
     greyscale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability with which an image loses its colours, in all its turns (as in SimCLR, Chen et
     al. 2020)."""
+    patch_rotation: NonNegativeFloat = 0.0
+    """Weight of a second loss, over that of the first: each patch of an image is turned by itself,
+    and its token says how (PatchRot, Chhabra et al. 2022, where both weigh the same). 0 is off."""
+    patch_gap: PositiveFloat = 0.25
+    """With `patch_rotation`: width that is dropped between two patches, over that of a patch, so
+    that edges do not go on from one to the next (1 in PatchRot); at least 2 pixels."""
     ema: Fraction | None = None
     """Share that an exponential average of the weights keeps in every step, such as 0.999; the
     averaged weights are evaluated and exported (Polyak and Juditsky 1992). None for no average."""

@@ -22,6 +22,8 @@ ON: dict[str, Any] = {
     "pretrain.drop_path": 0.1,
     "pretrain.pool": "mean",
     "pretrain.ema": 0.999,
+    "pretrain.patch_rotation": 1.0,
+    "pretrain.patch_gap": 1.0,
     "pretrain.colour_jitter": 0.4,
     "pretrain.greyscale": 0.2,
     "finetune.drop_path": 0.1,

@@ -115,6 +115,8 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
 RECIPES: dict[str, dict[str, Any]] = {
     "drop_path": {"drop_path": 0.3},
     "pool": {"pool": "mean"},
+    "patches": {"patch_rotation": 1.0},
+    "patches and mean": {"patch_rotation": 0.5, "pool": "mean", "rotations": "random"},
     "colours": {"colour_jitter": 0.4, "greyscale": 0.2},
     "ema": {"ema": 0.9},
     "ema of more than the model": {"ema": 0.9, "pool": "mean"},
