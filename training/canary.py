@@ -26,6 +26,7 @@ from data.rotation import make_rotation_batch
 from data.sources import open_source
 from data.splits import Subset
 from training.hardware import available_processors
+from training.images import as_pretrained_on
 from training.probes import wilson_interval
 from training.settings import ConfigError, Settings
 
@@ -143,9 +144,9 @@ def check_path(
         prepared = PreparedData.open(Path(folder) / "prepared")
         assert prepared.test is not None
         train, test = _whole(prepared.train), _whole(prepared.test)
-        learned_from = _turned(_training_batches(train, settings))
-        in_training = _turned(_training_batches(test, settings))
-        in_evaluation = _turned(_evaluation_batches(test, settings))
+        learned_from = _turned(_training_batches(train, settings), settings)
+        in_training = _turned(_training_batches(test, settings), settings)
+        in_evaluation = _turned(_evaluation_batches(test, settings), settings)
         readings = [
             *(_read(learned_from, in_training, "training", turns) for turns in (4, 2)),
             *(_read(learned_from, in_evaluation, "evaluation", turns) for turns in (4, 2)),
@@ -175,11 +176,11 @@ def _evaluation_batches(subset: Subset, settings: Settings) -> Iterable[Batch]:
     return eval_batches(subset, _BATCH, settings.model.image_size, torch.device("cpu"))
 
 
-def _turned(batches: Iterable[Batch]) -> Marked:
+def _turned(batches: Iterable[Batch], settings: Settings) -> Marked:
     """Return the marks of all four turns of each image, and the turns."""
     found, turns = [], []
     for batch in batches:
-        turned, labels = make_rotation_batch(batch.images)
+        turned, labels = make_rotation_batch(as_pretrained_on(batch.images, settings))
         found.append(marks(turned.numpy()))
         turns.append(labels.numpy())
     return np.concatenate(found), np.concatenate(turns)

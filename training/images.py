@@ -4,11 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from data.duplicates import has_copy
 from data.prepared import PreparedData
 from data.records import DatasetError
 from data.splits import Splits, Subset, split, take_labelled
+from data.transforms import resize
 from training.settings import Settings
 
 
@@ -27,6 +29,12 @@ class LabelledImages:
     val: Subset
     test: Subset
     class_names: tuple[str, ...]
+
+
+def as_pretrained_on(images: Tensor, settings: Settings) -> Tensor:
+    """Return images `(B, 3, S, S)`, floating point, at the size at which pretraining shows them."""
+    size = settings.pretrain_size
+    return images if images.shape[-1] == size else resize(images, size)
 
 
 def open_splits(prepared: Path, settings: Settings) -> Splits:

@@ -4,6 +4,8 @@ Every image is shown turned by 0, 90, 180 and 270 degrees in the same step, and 
 which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from models.pretraining_heads import PretrainingNetwork
 from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
-from training.images import open_pretraining
+from training.images import as_pretrained_on, open_pretraining
 from training.network import build_model
 from training.runner import StageContext, StageOutcome
 
@@ -35,12 +37,12 @@ def compute(context: StageContext) -> StageOutcome:
     settings, recipe = context.settings, context.settings.pretrain
     hardware = context.hardware()
     device = hardware.torch_device
-    side = settings.model.image_size
+    side, shown = settings.model.image_size, settings.pretrain_size
     other = "transfer_data" in context.request.inputs
     splits, left_out = open_pretraining(
         context.input("data"), settings, context.input("transfer_data") if other else None
     )
-    model = to_device(build_model(context, ROTATION_NAMES), device)
+    model = to_device(build_model(context, ROTATION_NAMES, image_size=shown), device)
     drop_paths(model, recipe.drop_path)
     batches = Batches(
         splits.train,
@@ -64,12 +66,13 @@ def compute(context: StageContext) -> StageOutcome:
     forward = hardware.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
+        seen = as_pretrained_on(batch.images, settings)
         if recipe.rotations == "all":
-            images, turns = make_rotation_batch(batch.images)
+            images, turns = make_rotation_batch(seen)
         else:
             drawn = uniform(settings.seed, batch.epoch, batch.ids, "rotation")
             turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
-            images = rotate_each(batch.images, turns)
+            images = rotate_each(seen, turns)
         with hardware.autocast():
             answers = forward(images)
         loss = functional.cross_entropy(answers.logits.float(), turns)
@@ -81,7 +84,7 @@ def compute(context: StageContext) -> StageOutcome:
 
     def patch_loss(batch: Batch) -> Tensor:
         """Each image once more, with every patch turned by itself."""
-        patch, count = settings.model.patch_size, side // settings.model.patch_size
+        patch, count = settings.model.patch_size, shown // settings.model.patch_size
         patches = batch.ids[:, None] * count**2 + np.arange(count**2)
         drawn = uniform(settings.seed, batch.epoch, patches, "patch rotation")
         turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
@@ -96,9 +99,10 @@ def compute(context: StageContext) -> StageOutcome:
         return functional.cross_entropy(answers.logits.float().flatten(0, 1), turns.flatten())
 
     def score(subset: Subset) -> Score:
+        batches = eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device)
         return evaluate(
             model,
-            eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device),
+            (replace(each, images=as_pretrained_on(each.images, settings)) for each in batches),
             hardware=hardware,
             stop=context.stop,
             rotations=True,
@@ -126,7 +130,10 @@ def compute(context: StageContext) -> StageOutcome:
     )
     test = score(splits.test)
     save_model(
-        model, context.directory / "model", image_size=side, prepared_size=settings.prepared_size
+        model,
+        context.directory / "model",
+        image_size=shown,
+        prepared_size=round(settings.prepared_size * shown / side),
     )
     return StageOutcome(
         scores={

@@ -25,6 +25,7 @@ from data.transforms import normalise
 from models.attention import class_attention
 from models.errors import ModelError
 from models.export import load_model
+from models.resolution import at_image_size
 from models.vit import build_vit, to_device
 from training.confusion import Confusion, count_confusions
 from training.feature_map import FeatureMap, draw_feature_map
@@ -129,7 +130,8 @@ class _Pretrained:
         self, results: Mapping[str, StageResult], settings: Settings, hardware: Hardware
     ) -> None:
         self.hardware, self.side = hardware, settings.model.image_size
-        self.model = _load(results["pretrain"], hardware)
+        # It may have been pretrained on smaller images; these are for people to look at.
+        self.model = at_image_size(_load(results["pretrain"], hardware), self.side)
         test = open_splits(results["prepare_data"].directory, settings).test
         self.test, self.of = _sample(test, MOST_IMAGES), len(test)
 

@@ -159,6 +159,10 @@ class PretrainSettings(RecipeSettings):
     warmup_epochs: NonNegativeFloat = 1
     rotations: Literal["all", "random"] = "all"
     """All four turns of each image in the same step, or one at random per image."""
+    image_size: PositiveInt | None = None
+    """Side at which images are shown, in pixels, where it is to be smaller than `model.image_size`
+    (and cheaper); the stages after it interpolate the position embeddings (Touvron et al. 2019).
+    None for the same size."""
     pool: Literal["cls", "mean"] = "cls"
     """What the backbone learns from: a head on the class token, or one on the mean of the patch
     tokens. The exported head reads the class token either way (with mean it learns beside the other
@@ -339,6 +343,21 @@ class Settings(Section):
                 + nearest(str(name), PRESETS)
             )
         return merge(PRESETS[name].values, given)
+
+    @model_validator(mode="after")
+    def _pretraining_size_fits(self) -> Self:
+        size, model = self.pretrain.image_size, self.model
+        if size is not None and (size > model.image_size or size % model.patch_size):
+            raise ValueError(
+                f"pretrain.image_size must be a multiple of model.patch_size ({model.patch_size}) "
+                f"and at most model.image_size ({model.image_size}), got {size}."
+            )
+        return self
+
+    @property
+    def pretrain_size(self) -> int:
+        """Side in pixels at which pretraining shows images."""
+        return self.pretrain.image_size or self.model.image_size
 
     @property
     def prepared_size(self) -> int:

@@ -130,6 +130,7 @@ _ALL = (
         reads_where_set=(
             "data.leave_out_test_copies",
             "pretrain.drop_path",
+            "pretrain.image_size",
             "pretrain.pool",
             "pretrain.colour_jitter",
             "pretrain.greyscale",

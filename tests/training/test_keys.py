@@ -20,6 +20,7 @@ COMPUTED = ("pretrain", "linear_probe", "finetune_1", "finetune_2", "from_scratc
 
 ON: dict[str, Any] = {
     "pretrain.drop_path": 0.1,
+    "pretrain.image_size": 16,
     "pretrain.pool": "mean",
     "pretrain.ema": 0.999,
     "pretrain.patch_rotation": 1.0,

@@ -117,6 +117,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "pool": {"pool": "mean"},
     "patches": {"patch_rotation": 1.0},
     "patches and mean": {"patch_rotation": 0.5, "pool": "mean", "rotations": "random"},
+    "image_size": {"image_size": 8},
+    "patches of larger images": {"image_size": 8, "patch_rotation": 1.0, "patch_gap": 1.0},
     "colours": {"colour_jitter": 0.4, "greyscale": 0.2},
     "ema": {"ema": 0.9},
     "ema of more than the model": {"ema": 0.9, "pool": "mean"},
