@@ -1,17 +1,20 @@
 """The canary on a user's own files: silent where nothing leaks, loud where something does."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from flows.cli import main
+from tests.data.standin_hub import StandInHub
 from training.canary import Reading, Verdict, check_path
 from training.configure import build_settings
-from training.settings import ConfigError
+from training.settings import ConfigError, Settings
 
 MakeFolder = Callable[..., Path]
 
@@ -121,6 +124,62 @@ def test_the_command_says_it_in_a_sentence_and_by_its_exit_status(
     assert found == status
     assert printed.splitlines()[-1].startswith(word)
     assert f"folder:{folder}" in printed.replace("\n", "")
+
+
+def parquet_of(folder: Path) -> bytes:
+    content = [{"bytes": path.read_bytes(), "path": path.name} for path in folder.iterdir()]
+    features = datasets.Features({"image": datasets.Image()})
+    file = io.BytesIO()
+    datasets.Dataset.from_dict({"image": content}, features=features).to_parquet(file)
+    return file.getvalue()
+
+
+def test_files_in_parquet_are_copied_in_form_too(folder_of: MakeFolder, tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    file.write_bytes(parquet_of(folder_of("jpg", (16, 16), quality=50)))
+    settings = build_settings(overrides=[f"data.source=parquet:{file}", *SMALL])
+    verdict = check_path(settings, images=600, workplace=tmp_path)
+    assert verdict.files == "3 JPEG; 16 px on the long side"
+    assert verdict.leaks
+
+
+def test_a_source_on_the_hub_is_downloaded_first_and_once(
+    hub: StandInHub,
+    folder_of: MakeFolder,
+    tmp_path: Path,
+    run_stages: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    content = parquet_of(folder_of("png", (40, 30)))
+    hub.add("a/photos", {"data/train-0.parquet": content})
+
+    def run(settings: Settings, outputs: Path, *, until: str, refresh: Any) -> None:
+        run_stages(settings, outputs, until)  # without Prefect, which takes long to start
+
+    monkeypatch.setattr("flows.cli._run", run)
+    options = [option for setting in SMALL for option in ("--set", setting)]
+    options += ["--source", "hub:a/photos", "--images", "150", "--outputs", str(tmp_path / "o")]
+    asked = []
+    for _ in range(2):
+        assert main(["canary", *options]) == 0
+        assert "3 PNG; 40 px on the long side" in capfd.readouterr().out
+        asked.append(len(hub.content_requests()))
+    assert asked[0] == asked[1] > 0
+    left = {path.name for path in (tmp_path / "o").iterdir()}
+    assert left == {"download", "locks"}, "no prepared noise"
+
+
+def test_smaller_images_of_pretraining_are_what_is_looked_at(
+    folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    """JPEG of the size of the model's input leaks, and not any more at a quarter of that."""
+    folder = folder_of("jpg", (64, 64), quality=50)
+    sizes = ["model.image_size=64", "model.patch_size=8"]
+    assert check(folder, tmp_path, *sizes).leaks
+    smaller = check(folder, tmp_path, *sizes, "pretrain.image_size=16")
+    shares = [reading.share for reading in smaller.readings]
+    assert max(shares[0], shares[2]) < 0.4
 
 
 def test_a_source_that_is_not_there_is_a_user_s_mistake(

@@ -143,6 +143,23 @@ def test_an_option_of_the_recipe_is_not_without_effect_and_resumes_to_the_same_b
     assert result.scores == expected.scores
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_options_together_resume_to_the_same_bytes(
+    stop_after: StopAfter, request_of: RequestOf, compiled: bool
+) -> None:
+    together: dict[str, Any] = {"epochs": 2, "accumulation_steps": 3, "image_size": 8}
+    for options in RECIPES.values():
+        together |= options
+    changes = {"pretrain": together, "hardware": {"compile": compiled, "precision": "bfloat16"}}
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
+    run_stage(whole, pretrain.compute)
+    _, stops = run_with_stops(cut, stop_after, 7)
+    assert stops >= 1
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert checkpoint_bytes(cut).keys() >= {"step-00000012-evaluated/average.safetensors"}
+
+
 @pytest.mark.parametrize("crashing", [1, 2, 3, 4])
 def test_a_crash_in_an_evaluation_changes_nothing(
     request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, crashing: int
