@@ -175,7 +175,8 @@ class PretrainSettings(RecipeSettings):
     al. 2020)."""
     patch_rotation: NonNegativeFloat = 0.0
     """Weight of a second loss, over that of the first: each patch of an image is turned by itself,
-    and its token says how (PatchRot, Chhabra et al. 2022, where both weigh the same). 0 is off."""
+    and its token says how (PatchRot, Chhabra et al. 2022, where both weigh the same). These images
+    are not counted as samples. 0 is off."""
     patch_gap: PositiveFloat = 0.25
     """With `patch_rotation`: width that is dropped between two patches, over that of a patch, so
     that edges do not go on from one to the next (1 in PatchRot); at least 2 pixels."""
