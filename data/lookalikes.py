@@ -63,12 +63,17 @@ def kind_of(image: bytes | Path | Image.Image) -> FileKind | None:
         options = {"qtables": tables, "subsampling": JpegImagePlugin.get_sampling(picture)}
     elif picture.format == "WEBP":
         options = {"lossless": b"VP8L" in content[:64]}
+    orientation = orientation_of(picture)
+    width, height = picture.size
+    if picture.format == "TIFF" and orientation >= 5:  # Pillow tells the size of what it will show
+        width, height = height, width
     return FileKind(
-        *picture.size,
+        width,
+        height,
         # A JPEG file of several pictures has a name of its own.
         format="JPEG" if picture.format == "MPO" else picture.format,
         mode="L" if picture.mode in ("1", "L") else "RGB",
-        orientation=orientation_of(picture),
+        orientation=orientation,
         options=options,
     )
 

@@ -39,8 +39,9 @@ def only(source: LookalikeSource) -> Image.Image:
         file_of("GIF"),
         file_of("BMP"),
         file_of("TIFF"),
+        file_of("TIFF", orientation=6),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_a_lookalike_is_made_as_the_original_was(original: bytes) -> None:
     kind = kind_of(original)
