@@ -122,11 +122,11 @@ class LookalikeSource(Source):
         looks like that all are cut from.
         """
         top, left = rng.integers(_NOISE_SIDE_PX, size=2)
-        noise = np.rot90(self._noise, rng.integers(4))
+        noise = np.rot90(self._noise, int(rng.integers(4)))
         noise = noise[:, ::-1] if rng.integers(2) else noise
         rows = np.arange(top, top + height) % _NOISE_SIDE_PX
         columns = np.arange(left, left + width) % _NOISE_SIDE_PX
-        return noise[rows[:, None], columns]
+        return np.asarray(noise[rows[:, None], columns])
 
 
 def kinds_of(records: Iterable[Record]) -> list[FileKind]:

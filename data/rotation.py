@@ -103,11 +103,13 @@ def turn_patches(images: Tensor, quarter_turns: Tensor, *, patch_size: int, gap:
     if images.shape[-1] != count * cell:
         images = resize(images, count * cell)
     inside = slice(gap // 2, gap // 2 + patch_size)
-    cells = images.unflatten(3, (count, cell)).unflatten(2, (count, cell))
+    batch, channels = images.shape[:2]
+    cells = images.reshape(batch, channels, count, cell, count, cell)
     patches = cells[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5)
     turned = rotate_each(patches.flatten(0, 2), quarter_turns.flatten())
-    rows = turned.unflatten(0, quarter_turns.shape).permute(0, 3, 1, 4, 2, 5)
-    return rows.flatten(4, 5).flatten(2, 3)
+    in_places = turned.view(batch, count, count, channels, patch_size, patch_size)
+    side = count * patch_size
+    return in_places.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, side, side)
 
 
 def _check_square(images: Tensor, function: str) -> None:

@@ -38,7 +38,7 @@ def drop_paths(model: ViTForImageClassification, rate: float) -> None:
     """
     if not 0 <= rate < 1:
         raise ModelError(f"The rate of stochastic depth must be in [0, 1), got {rate}.")
-    blocks = model.vit.layers
+    blocks: list[Any] = list(model.vit.layers)
     for number, block in enumerate(blocks):
         # A network of one block has no first and last one: it takes the whole rate.
         own = rate * number / (len(blocks) - 1) if len(blocks) > 1 else rate

@@ -67,7 +67,9 @@ def new_head(model: ViTForImageClassification, *, seed: int) -> nn.Linear:
     Its weights depend on the seed and the sizes alone; the global random state is left as it was.
     """
     # On the meta device, because initialising it would draw from the global random state.
-    head = nn.Linear(model.config.hidden_size, model.num_labels, device="meta")
+    old = model.classifier
+    assert isinstance(old, nn.Linear)
+    head = nn.Linear(old.in_features, old.out_features, device="meta")
     head = head.to_empty(device="cpu")
     head.weight.normal_(std=INITIAL_STD, generator=torch.Generator().manual_seed(seed))
     head.bias.zero_()

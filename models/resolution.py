@@ -54,6 +54,6 @@ def _interpolated(positions: Tensor, side: int) -> Tensor:
     """Return `(1, 1 + side * side, D)` from `(1, 1 + N * N, D)`; the class token's stays."""
     class_token, patches = positions[:, :1], positions[:, 1:]
     before = round(patches.shape[1] ** 0.5)
-    grid = patches.unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    grid = patches.view(1, before, before, -1).permute(0, 3, 1, 2)
     grid = interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([class_token, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

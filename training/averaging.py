@@ -35,7 +35,8 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after a step, numbered from 0; does not wait for the device."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        average, live = list(self._average.values()), list(self._live.values())
+        average: list[Tensor] = list(self._average.values())
+        live: list[Tensor] = list(self._live.values())
         torch._foreach_lerp_(average, live, 1 - decay)
 
     def tensors(self) -> Mapping[str, Tensor]:

@@ -90,7 +90,7 @@ def compute(context: StageContext) -> StageOutcome:
         turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
         images = turn_patches(
             batch.images,
-            turns.unflatten(1, (count, count)),
+            turns.view(-1, count, count),
             patch_size=patch,
             gap=2 * max(1, round(recipe.patch_gap * patch / 2)),
         )

@@ -26,10 +26,18 @@ def make_batches(
     side: int = 7,
     flip: bool = False,
     seed: int = 0,
-    **colours: float,
+    colour_jitter: float = 0.0,
+    greyscale: float = 0.0,
 ) -> Batches:
     return Batches(
-        subset, batch_size=batch_size, side=side, flip=flip, seed=seed, device=CPU, **colours
+        subset,
+        batch_size=batch_size,
+        side=side,
+        flip=flip,
+        seed=seed,
+        device=CPU,
+        colour_jitter=colour_jitter,
+        greyscale=greyscale,
     )
 
 
@@ -93,8 +101,9 @@ def test_an_epoch_entered_in_the_middle_goes_on_the_same(subset: Subset) -> None
 
 def test_augmentation_does_not_depend_on_the_batch(subset: Subset) -> None:
     def by_id(batch_size: int) -> dict[int, torch.Tensor]:
-        colours = {"colour_jitter": 0.5, "greyscale": 0.5}
-        batches = make_batches(subset, batch_size=batch_size, side=4, flip=True, **colours)
+        batches = make_batches(
+            subset, batch_size=batch_size, side=4, flip=True, colour_jitter=0.5, greyscale=0.5
+        )
         return {
             int(number): image
             for batch in batches.epoch(1)

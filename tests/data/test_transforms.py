@@ -143,10 +143,15 @@ def test_changing_colours_leaves_no_mark_of_orientation(
 ) -> None:
     images, factors = random_bytes(rng), torch.tensor([0.5, 1.3, 0.9])
     turned = torch.rot90(images, quarter_turns, dims=(-2, -1))
-    for change in (
-        lambda each: jitter_colours(each, factors, factors, factors),
-        lambda each: make_grey(each, torch.tensor([True, False, True])),
-    ):
+    chosen = torch.tensor([True, False, True])
+
+    def jittered(each: torch.Tensor) -> torch.Tensor:
+        return jitter_colours(each, factors, factors, factors)
+
+    def greyed(each: torch.Tensor) -> torch.Tensor:
+        return make_grey(each, chosen)
+
+    for change in (jittered, greyed):
         expected = torch.rot90(change(images), quarter_turns, dims=(-2, -1))
         assert torch.equal(change(turned), expected)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,16 @@ from models.freezing import set_train_mode, train_head_and_last_blocks
 MakeVit = Callable[..., ViTForImageClassification]
 
 
+def blocks_of(model: ViTForImageClassification) -> list[Any]:
+    return list(model.vit.layers)
+
+
 def branch_outputs(model: ViTForImageClassification, images: Tensor) -> list[Tensor]:
     """What the MLP of each block adds, `(B, N, D)`, as the block sees it."""
     found: list[Tensor] = []
     hooks = [
         block.mlp.register_forward_hook(lambda _, __, output: found.append(output))
-        for block in model.vit.layers
+        for block in blocks_of(model)
     ]
     model(images)
     for hook in hooks:
@@ -50,7 +55,7 @@ def test_what_is_kept_is_scaled_so_that_the_mean_stays(
     images = torch.randn(50, 3, 15, 15, generator=rng)
     plain, dropping = make_vit(depth=1), make_vit(depth=1)
     drop_paths(dropping.train(), 0.2)
-    block = dropping.vit.layers[0]
+    block = blocks_of(dropping)[0]
     block.attention.train(False)  # so that the MLP sees the same
     expected, found = branch_outputs(plain, images)[0], branch_outputs(dropping, images)[0]
     kept = (found != 0).flatten(1).all(dim=1)
@@ -64,7 +69,7 @@ def test_attention_and_mlp_are_left_out_independently(
     model = make_vit(depth=1)
     drop_paths(model.train(), 0.5)
     seen: dict[str, Tensor] = {}
-    block = model.vit.layers[0]
+    block = blocks_of(model)[0]
     block.attention.register_forward_hook(lambda _, __, out: seen.update(attention=out[0]))
     block.mlp.register_forward_hook(lambda _, __, out: seen.update(mlp=out))
     model(torch.randn(200, 3, 15, 15, generator=rng))
@@ -76,7 +81,8 @@ def test_attention_and_mlp_are_left_out_independently(
 def test_evaluation_and_frozen_blocks_lose_nothing(make_vit: MakeVit, rng: torch.Generator) -> None:
     images = torch.randn(20, 3, 15, 15, generator=rng)
     model = make_vit()
-    expected = model.eval()(images).logits
+    model.train(False)
+    expected = model(images).logits
     drop_paths(model, 0.5)
     assert torch.equal(model(images).logits, expected)
     train_head_and_last_blocks(model, 1)
@@ -105,7 +111,7 @@ def test_gradients_reach_the_blocks_that_were_kept_only(
     model = make_vit(depth=1)
     drop_paths(model.train(), 0.5)
     images = torch.randn(1, 3, 15, 15, generator=rng)
-    weight = model.vit.layers[0].mlp.fc1.weight
+    weight = blocks_of(model)[0].mlp.fc1.weight
     seen = set()
     for seed in range(12):
         torch.manual_seed(seed)

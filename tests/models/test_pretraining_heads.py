@@ -28,7 +28,8 @@ def test_a_head_depends_on_its_seed_alone(make_vit: MakeVit) -> None:
 def test_the_heads_read_the_mean_of_the_patches_and_the_class_token(
     make_vit: MakeVit, rng: torch.Generator
 ) -> None:
-    model = make_vit().eval()
+    model = make_vit()
+    model.train(False)
     network = PretrainingNetwork(model, mean=True, patches=False, seed=0)
     images = torch.randn(2, 3, 15, 15, generator=rng)
     answers = network(images)
@@ -36,6 +37,7 @@ def test_the_heads_read_the_mean_of_the_patches_and_the_class_token(
     last = layer_features(model, images)
     torch.testing.assert_close(answers.logits, model.classifier(last.final_cls))
     patches = model.vit(images).last_hidden_state[:, 1:]
+    assert network.mean_head is not None
     torch.testing.assert_close(answers.mean_logits, network.mean_head(patches.mean(dim=1)))
 
 
@@ -53,7 +55,8 @@ def test_the_backbone_learns_from_the_mean_alone(make_vit: MakeVit, rng: torch.G
 
 
 def test_each_patch_is_read_by_itself(make_vit: MakeVit, rng: torch.Generator) -> None:
-    model = make_vit().eval()
+    model = make_vit()
+    model.train(False)
     network = PretrainingNetwork(model, mean=False, patches=True, seed=0)
     images = torch.randn(2, 3, 15, 15, generator=rng)
     answers = network(images, patches=True)

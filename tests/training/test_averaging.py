@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.export import load_model
-from training import pretrain, store
+from training import evaluation, pretrain, store
 from training.averaging import WeightAverage
 from training.configure import validate
 from training.runner import run_stage
@@ -112,7 +112,7 @@ def test_the_averaged_weights_are_those_that_are_scored(
     request_of: StageRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    original = pretrain.evaluate
+    original = evaluation.evaluate
 
     def evaluate(model: Any, *arguments: Any, **named: Any) -> Any:
         seen.append(model.vit.embeddings.cls_token.detach().clone())
