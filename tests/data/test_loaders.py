@@ -146,7 +146,7 @@ def test_colours_change_as_often_and_as_far_as_asked_for(subset: Subset) -> None
         (batch,) = make_batches(subset, batch_size=17, colour_jitter=0.5, seed=seed).epoch(0)
         original = subset.split.gather(batch.ids).astype(float)
         factors = as_bytes(batch.images).mean(axis=(1, 2, 3)) / original.mean(axis=(1, 2, 3))
-        assert factors.min() >= 0.45
+        assert 0.45 <= factors.min() < 0.8
         assert factors.max() <= 1.55
         jittered += len(set(factors.round(3)))
     assert jittered > 60, "each image by factors of its own"

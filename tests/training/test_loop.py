@@ -143,6 +143,24 @@ def test_an_option_of_the_recipe_is_not_without_effect_and_resumes_to_the_same_b
     assert result.scores == expected.scores
 
 
+@pytest.mark.parametrize(
+    ("options", "losses"),
+    [
+        ({}, 1.0),
+        ({"pool": "mean"}, 2.0),
+        ({"patch_rotation": 0.5}, 1.5),
+        ({"patch_rotation": 0.5, "pool": "mean"}, 2.5),
+    ],
+)
+def test_the_first_loss_is_that_of_guessing_in_each_task(
+    request_of: RequestOf, options: dict[str, Any], losses: float
+) -> None:
+    request = request_of({"pretrain": {**options, "epochs": 1, "warmup_epochs": 0}})
+    run_stage(request, pretrain.compute)
+    first = json.loads(metrics(request).splitlines()[0])["train/loss"]
+    assert first == pytest.approx(losses * math.log(4), rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_all_options_together_resume_to_the_same_bytes(
