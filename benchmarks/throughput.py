@@ -27,13 +27,11 @@ from torch.nn import functional
 from data.drawn import draw
 from data.rotation import NUM_ROTATIONS, ROTATION_NAMES
 from models.freezing import set_train_mode
-from models.vit import to_device
 from training import hardware, optim, prepare_data, pretrain, progress, store
 from training.configure import build_settings
 from training.network import build_model
 from training.progress import Progress
 from training.runner import StageContext, run_stage
-from training.settings import Settings
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest
@@ -150,14 +148,14 @@ def measure(preset: str, case: Case, scratch: Path) -> dict[str, float]:
 def _bare_step(context: StageContext) -> Callable[[], None]:
     """Return a step of the same network, with the same optimiser and precision, on noise."""
     settings, device = context.settings, context.hardware().torch_device
-    model = to_device(build_model(context, ROTATION_NAMES), device)
+    model = context.hardware().place(build_model(context, ROTATION_NAMES))
     set_train_mode(model)
     optimizer = optim.make_optimizer(model, weight_decay=settings.pretrain.weight_decay)
     optim.set_learning_rate(optimizer, 1e-4)
     samples, side = settings.pretrain.samples_per_step, settings.model.image_size
     images = torch.rand(samples, 3, side, side, device=device) * 2 - 1
     turns = torch.arange(samples, device=device) % NUM_ROTATIONS
-    forward = context.hardware().for_training(model)
+    forward = context.hardware().for_training(model, cache=context.compile_cache)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -172,12 +170,9 @@ def _bare_step(context: StageContext) -> Callable[[], None]:
 
 def _request(preset: str, case: Case, scratch: Path) -> StageRequest:
     images = scratch / "images"
-    images.mkdir()
     # One epoch of as many steps as are measured: none of them is an evaluation.
     needed = int(1.2 * case.images_per_step * case.block * (case.blocks + 1)) + 20
-    base: Settings = build_settings(preset)
-    for index in range(needed):
-        draw(index, "train", base.model.image_size).save(images / f"{index:05d}.png")
+    draw_files(images, needed, build_settings(preset).model.image_size)
     settings = build_settings(
         preset,
         overrides=[
@@ -195,6 +190,24 @@ def _request(preset: str, case: Case, scratch: Path) -> StageRequest:
     prepare = store.make_request(STAGES["prepare_data"], settings, outputs, {})
     results = {"prepare_data": run_stage(prepare, prepare_data.compute)}
     return store.make_request(STAGES["pretrain"], settings, outputs, results)
+
+
+def draw_files(folder: Path, count: int, side: int, distinct: int | None = None) -> None:
+    """Fill a new folder with drawn things.
+
+    Args:
+        folder: Made here.
+        count: Number of files.
+        side: Height and width of the pictures, in pixels.
+        distinct: How many different ones there are; the others are links to them. None for all.
+    """
+    folder.mkdir()
+    for index in range(count):
+        path = folder / f"{index:05d}.png"
+        if distinct is None or index < distinct:
+            draw(index, "train", side).save(path)
+        else:
+            path.hardlink_to(folder / f"{index % distinct:05d}.png")
 
 
 def _wait_for_device() -> None:

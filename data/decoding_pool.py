@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
+import threadpoolctl
 import torch
 from numpy.typing import NDArray
 
@@ -63,8 +64,8 @@ class DecodingPool:
 def decoding_pool(workers: int) -> Iterator[DecodingPool]:
     """Start threads that decode, and stop them at the end.
 
-    Meanwhile torch uses one thread per caller and Pillow's warnings are ignored; both belong to
-    the whole process and are put back afterwards.
+    Meanwhile torch and NumPy use one thread per caller and Pillow's warnings are ignored; these
+    belong to the whole process and are put back afterwards.
 
     Args:
         workers: Number of threads.
@@ -72,6 +73,7 @@ def decoding_pool(workers: int) -> Iterator[DecodingPool]:
     with (
         pillow_warnings_ignored(),
         _one_torch_thread(),
+        threadpoolctl.threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as executor,
     ):
         yield DecodingPool(executor, ahead=4 * workers)

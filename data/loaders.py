@@ -1,11 +1,10 @@
 """Batches in an order that is a function of (seed, epoch), and so can be resumed anywhere.
 
 Dimension key: B = images in the batch, S = side of the crop, P = side of the prepared images, in
-pixels.
+pixels, T = tokens of an image, D = their width.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.randomness import order_by, uniform
+from data.reading import Resident, read_ahead, send
 from data.records import DatasetError
 from data.splits import Subset
-from data.transforms import crop, flip, jitter_colours, make_grey, normalise
+from data.tokens import Tokens
+from data.transforms import crop, flip, jitter_colours, make_grey, normalise, resized_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Batch:
     """Images ready for the network."""
 
     images: Tensor
-    """`(B, 3, S, S)`, float32 in [-1, 1], on the device."""
+    """`(B, 3, S, S)`, float32 in [-1, 1], on the device; or of images that have been through the
+    lower blocks already what these made of them, `(B, T, D)`, float32."""
     labels: Tensor | None
     """`(B,)`, int64, on the device; None if the images have no labels."""
     ids: NDArray[np.int64]
@@ -65,6 +67,8 @@ class Batches:
         flip: bool,
         seed: int,
         device: torch.device,
+        crop_scale: float | None = None,
+        keep_on_device: bool = False,
         colour_jitter: float = 0.0,
         greyscale: float = 0.0,
     ) -> None:
@@ -77,25 +81,26 @@ class Batches:
             side: Side of the crop, in pixels: at a random place if the prepared images are
                 larger.
             flip: Mirror each image with probability one half.
-            seed: Base seed of order, crops and mirroring.
+            seed: Base seed of order, crops, mirroring and colours.
             device: Where the batches go; bytes are sent there and expanded there.
+            crop_scale: Smallest part of the prepared image's area, in (0, 1], that a crop of random
+                place and size takes, which is then resized to `side`; none for crops of `side`.
             colour_jitter: Brightness, contrast and saturation of each image are multiplied by
                 factors between 1 minus this and 1 plus this; in [0, 1].
             greyscale: Probability in [0, 1] with which an image loses its colours.
+            keep_on_device: Whether images stay on the device once they were there, so that they
+                are read from the host in the first epoch only. The batches are the same.
 
         Raises:
             DatasetError: If the images fill no batch or are smaller than the crop.
         """
-        if len(subset) < batch_size:
-            raise DatasetError(
-                f"There must be at least one batch of training images: batch_size is {batch_size}, "
-                f"and there are {len(subset)}. Lower batch_size or use more images."
-            )
+        self.steps_per_epoch = _steps_per_epoch(subset, batch_size)
         _check_side(subset, side)
-        self.steps_per_epoch = len(subset) // batch_size
         self._subset, self._batch_size, self._side = subset, batch_size, side
         self._flip, self._seed, self._device = flip, seed, device
+        self._crop_scale = crop_scale
         self._colour_jitter, self._greyscale = colour_jitter, greyscale
+        self._resident = Resident(subset, device) if keep_on_device else None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, from step `start_step`.
@@ -109,39 +114,48 @@ class Batches:
         Yields:
             `steps_per_epoch - start_step` batches.
         """
-        order = epoch_order(len(self._subset), self._seed, epoch)
-        steps = range(start_step, self.steps_per_epoch)
-        groups = [order[s * self._batch_size : (s + 1) * self._batch_size] for s in steps]
-        for positions, pixels in _read_ahead(self._subset, groups, self._device):
+        groups = _epoch_groups(len(self._subset), self._batch_size, self._seed, epoch, start_step)
+        for positions, pixels in _pixels(self._subset, groups, self._device, self._resident):
             ids = self._subset.indices[positions]
             images = self._augment(pixels, ids, epoch)
-            yield Batch(
-                normalise(images), _labels(self._subset, positions, self._device), ids, epoch
-            )
+            yield Batch(images, _labels(self._subset, positions, self._device), ids, epoch)
 
-    def _augment(self, images: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
-        spare = images.shape[-1] - self._side
-        if spare:
-            tops, lefts = (
-                (uniform(self._seed, epoch, ids, stream) * (spare + 1)).astype(np.int64)
-                for stream in ("crop top", "crop left")
-            )
-            images = crop(images, self._send(tops), self._send(lefts), self._side)
+    def _augment(self, pixels: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
+        """Return `(B, 3, S, S)`, float32 in [-1, 1], from `(B, 3, P, P)`, uint8."""
+        size = pixels.shape[-1]
+        if self._crop_scale is None and size > self._side:
+            tops, lefts = self._places(size - self._side, ids, epoch)
+            pixels = crop(pixels, tops, lefts, self._side)
         if self._flip:
-            images = flip(images, self._send(uniform(self._seed, epoch, ids, "flip") < 0.5))
+            mirrored = uniform(self._seed, epoch, ids, "flip") < 0.5
+            pixels = flip(pixels, send(mirrored, self._device))
+        images = normalise(self._recolour(pixels, ids, epoch))
+        if self._crop_scale is not None:
+            area = 1 - (1 - self._crop_scale) * uniform(self._seed, epoch, ids, "crop scale")
+            sides = (size * np.sqrt(area)).round().clip(1).astype(np.int64)
+            tops, lefts = self._places(size - sides, ids, epoch)
+            images = resized_crop(images, tops, lefts, send(sides, self._device), self._side)
+        return images
+
+    def _recolour(self, pixels: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
+        """Return `(B, 3, P, P)`, uint8, from the same."""
         if self._colour_jitter:
             factors = (
                 1 + self._colour_jitter * (2 * uniform(self._seed, epoch, ids, stream) - 1)
                 for stream in ("brightness", "contrast", "saturation")
             )
-            images = jitter_colours(images, *(self._send(each) for each in factors))
+            pixels = jitter_colours(pixels, *(send(each, self._device) for each in factors))
         if self._greyscale:
             chosen = uniform(self._seed, epoch, ids, "greyscale") < self._greyscale
-            images = make_grey(images, self._send(chosen))
-        return images
+            pixels = make_grey(pixels, send(chosen, self._device))
+        return pixels
 
-    def _send(self, values: NDArray[np.int64] | NDArray[np.bool_] | NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def _places(
+        self, spare: int | NDArray[np.int64], ids: NDArray[np.int64], epoch: int
+    ) -> list[Tensor]:
+        """Return first rows and first columns of crops, from 0 to `spare`."""
+        chance = (uniform(self._seed, epoch, ids, stream) for stream in ("crop top", "crop left"))
+        return [send((part * (spare + 1)).astype(np.int64), self._device) for part in chance]
 
 
 def eval_batches(
@@ -163,36 +177,94 @@ def eval_batches(
     """
     _check_side(subset, side)
     first = (subset.split.side - side) // 2
-    order = np.arange(len(subset), dtype=np.int64)
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for positions, pixels in _read_ahead(subset, groups, device):
+    for positions, pixels in _pixels(subset, _groups_in_order(len(subset), batch_size), device):
         images = pixels[:, :, first : first + side, first : first + side]
         labels = _labels(subset, positions, device)
         yield Batch(normalise(images), labels, subset.indices[positions], epoch=0)
 
 
-def _read_ahead(
-    subset: Subset, groups: Sequence[NDArray[np.int64]], device: torch.device
+class TokenBatches:
+    """Training batches of kept tokens: of the same images in the same order as `Batches`."""
+
+    def __init__(self, tokens: Tokens, *, batch_size: int, seed: int, device: torch.device) -> None:
+        """Check that batches can be made.
+
+        Args:
+            tokens: Of the training images.
+            batch_size: Images per batch; see `Batches`.
+            seed: Base seed of the order.
+            device: Where the batches go; bfloat16 is sent there and widened there.
+
+        Raises:
+            DatasetError: If the images fill no batch.
+        """
+        self.steps_per_epoch = _steps_per_epoch(tokens.subset, batch_size)
+        self._tokens, self._batch_size, self._seed = tokens, batch_size, seed
+        self._device = device
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch, from step `start_step`; see `Batches.epoch`."""
+        count = len(self._tokens.subset)
+        groups = _epoch_groups(count, self._batch_size, self._seed, epoch, start_step)
+        yield from _token_batches(self._tokens, groups, self._device, epoch)
+
+
+def token_eval_batches(tokens: Tokens, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the tokens of every image exactly once, in order; see `eval_batches`."""
+    groups = _groups_in_order(len(tokens.subset), batch_size)
+    yield from _token_batches(tokens, groups, device, epoch=0)
+
+
+def _token_batches(
+    tokens: Tokens, groups: Sequence[NDArray[np.int64]], device: torch.device, epoch: int
+) -> Iterator[Batch]:
+    subset = tokens.subset
+    for positions, rows in read_ahead(tokens.gather, groups, device):
+        labels = _labels(subset, positions, device)
+        yield Batch(rows.float(), labels, subset.indices[positions], epoch)
+
+
+def _epoch_groups(
+    count: int, batch_size: int, seed: int, epoch: int, start_step: int
+) -> list[NDArray[np.int64]]:
+    """Return the positions of each batch of an epoch, from a step on; whole batches only."""
+    order = epoch_order(count, seed, epoch)
+    steps = range(start_step, count // batch_size)
+    return [order[step * batch_size : (step + 1) * batch_size] for step in steps]
+
+
+def _groups_in_order(count: int, batch_size: int) -> list[NDArray[np.int64]]:
+    order = np.arange(count, dtype=np.int64)
+    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def _pixels(
+    subset: Subset,
+    groups: Sequence[NDArray[np.int64]],
+    device: torch.device,
+    resident: Resident | None = None,
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-    """Yield `(B, 3, P, P)` uint8 on the device; a thread reads the next batch meanwhile."""
+    """Yield positions and their images, `(B, 3, P, P)`, uint8, on the device."""
 
-    def read(positions: NDArray[np.int64]) -> Tensor:
-        pixels = torch.from_numpy(subset.gather(positions))
-        return pixels.pin_memory() if device.type == "cuda" else pixels
+    def gather(positions: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(subset.gather(positions))
 
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        waiting = [pool.submit(read, positions) for positions in groups[:1]]
-        for number, positions in enumerate(groups):
-            pixels = waiting.pop().result()
-            waiting = [pool.submit(read, following) for following in groups[number + 1 :][:1]]
-            yield positions, pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    for positions, pixels in read_ahead(gather, groups, device, resident):
+        yield positions, pixels.permute(0, 3, 1, 2)
 
 
 def _labels(subset: Subset, positions: NDArray[np.int64], device: torch.device) -> Tensor | None:
     labels = subset.split.labels
-    if labels is None:
-        return None
-    return torch.from_numpy(labels[subset.indices[positions]]).to(device, non_blocking=True)
+    return None if labels is None else send(labels[subset.indices[positions]], device)
+
+
+def _steps_per_epoch(subset: Subset, batch_size: int) -> int:
+    if len(subset) < batch_size:
+        raise DatasetError(
+            f"There must be at least one batch of training images: batch_size is {batch_size}, "
+            f"and there are {len(subset)}. Lower batch_size or use more images."
+        )
+    return len(subset) // batch_size
 
 
 def _check_side(subset: Subset, side: int) -> None:

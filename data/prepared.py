@@ -3,7 +3,6 @@
 Dimension key: N = images asked for, S = their side in pixels.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from data import manifest
 from data.duplicates import WORDS, hashes_from_text, perceptual_hashes
 from data.jpeg_shards import JpegShard
 from data.manifest import Fingerprint, Manifest, ShardEntry
+from data.processors import available_processors
 from data.records import DatasetError
 from data.shards import PixelFormat, file_sha256, pixels_path, read_shard, record_path
 
@@ -40,7 +40,7 @@ class PreparedSplit:
         self._shards = shards
         self._hashes = hashes or [""] * len(shards)
         decoded = any(isinstance(shard, JpegShard) for shard in shards)
-        self._threads = min(_processors(), MOST_THREADS) if decoded else 1
+        self._threads = min(available_processors(), MOST_THREADS) if decoded else 1
         self._firsts = np.cumsum([0, *(len(shard) for shard in shards)])
         self.labels = labels
 
@@ -210,7 +210,3 @@ def _damaged(path: Path, cause: object) -> DatasetError:
         f"{path} must be a whole shard of prepared images: {cause}. Delete {manifest.FILE_NAME} "
         "beside it and run the prepare-data stage, which keeps the sound parts."
     )
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

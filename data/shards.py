@@ -91,7 +91,7 @@ def write_pixels(path: Path, images: Iterable[NDArray[np.uint8]], side: int, mos
     with written_whole(path) as file:
         _write_header(file, most, side)
         for image in images:
-            file.write(image.tobytes())
+            file.write(np.ascontiguousarray(image).data)
             count += 1
         file.seek(0)
         _write_header(file, count, side)

@@ -28,6 +28,11 @@ class Subset:
         """Labels of the images, `(N,)`, or None if there are none."""
         return None if self.split.labels is None else self.split.labels[self.indices]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the images take, as `gather` returns them."""
+        return len(self) * self.split.side**2 * 3
+
     def gather(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return images by their positions in this subset, `(len(positions), S, S, 3)`."""
         return self.split.gather(self.indices[positions])

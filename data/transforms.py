@@ -1,9 +1,10 @@
 """Crops, resize, flip, colours and normalisation that leave no mark of orientation.
 
 Dimension key: B = images in the batch, C = channels, H, W = height and width, S = square side,
-all in pixels.
+P = square side before a crop, all in pixels.
 """
 
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -97,11 +98,61 @@ def crop(images: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
             f"crop needs images of at least {side} x {side} px, got {tuple(images.shape[-2:])}. "
             "Prepare the images at least as large as model.image_size."
         )
-    offsets = torch.arange(side, device=images.device)
-    numbers = torch.arange(len(images), device=images.device)[:, None, None]
-    rows = (tops[:, None] + offsets)[:, :, None]
-    columns = (lefts[:, None] + offsets)[:, None, :]
-    return images.permute(0, 2, 3, 1)[numbers, rows, columns].permute(0, 3, 1, 2)
+    # A view of all squares that there are, of which one of each image is copied, row by row.
+    squares = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5)
+    return squares[torch.arange(len(images), device=images.device), tops, lefts]
+
+
+def resized_crop(images: Tensor, tops: Tensor, lefts: Tensor, sides: Tensor, side: int) -> Tensor:
+    """Cut a square of its own place and size out of each image; resize all of them to one size.
+
+    The same as `crop` and `resize` image by image, in two products of matrices for the whole
+    batch: bilinear, antialiased, and nothing beyond the edge of a crop shows. Squares only: a crop
+    of another shape would have to be squashed, which blurs one axis more than the other. Rows and
+    columns have the same weights, and the weights of a mirrored crop are the mirrored weights, bit
+    by bit, so that a quarter turn before or after makes no difference but of rounding in float32.
+
+    Args:
+        images: `(B, C, P, P)`, float32.
+        tops: `(B,)`, int64, first row of each crop, in `[0, P - sides]`.
+        lefts: `(B,)`, int64, first column of each crop, in `[0, P - sides]`.
+        sides: `(B,)`, int64, height and width of each crop, in `[1, P]`.
+        side: Height and width S of the result, in pixels.
+
+    Returns:
+        `(B, C, side, side)`, float32, in the range of `images`, contiguous, on their device.
+
+    Raises:
+        TypeError: If `images` is not float32.
+    """
+    if images.dtype != torch.float32:
+        raise TypeError(
+            f"resized_crop needs float32 images, got {images.dtype}. Call normalise before it: 8 "
+            "bits between its two passes would mark which way up the image was."
+        )
+    batch, channels, size, _ = images.shape
+    columns = _resize_weights(lefts, sides, size, side)
+    rows = _resize_weights(tops, sides, size, side)
+    narrow = images.reshape(batch, channels * size, size) @ columns.transpose(1, 2)
+    return rows[:, None] @ narrow.view(batch, channels, size, side)
+
+
+def _resize_weights(starts: Tensor, sides: Tensor, size: int, side: int) -> Tensor:
+    """Return what each pixel of a crop of one axis adds to each of the result.
+
+    Returns:
+        `(B, side, size)`, float32: triangles as wide as a pixel of the crop or of the result,
+        whichever is larger, zero outside the crop; every row adds up to 1.
+    """
+    device = starts.device
+    scale = (sides.float() / side)[:, None]
+    # Counted from the middle of the crop, where halves are exact: mirrored places are negatives.
+    wanted = (torch.arange(side, device=device) + (0.5 - side / 2)) * scale
+    pixels = torch.arange(size, device=device) + 0.5 - (starts + sides / 2)[:, None]
+    distances = (wanted[:, :, None] - pixels[:, None, :]).abs()
+    weights = (1 - distances / scale.clamp(min=1)[:, :, None]).clamp(min=0)
+    weights = weights * (pixels.abs() < sides[:, None] / 2)[:, None, :]
+    return weights / weights.sum(dim=2, keepdim=True)
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -150,8 +201,7 @@ def jitter_colours(
 
 def grey(images: Tensor) -> Tensor:
     """Return the luma of images (ITU-R BT.601, as Pillow's mode L), `(B, 1, H, W)`, float."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=torch.float32)
-    return (images.float() * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
+    return (images.float() * _luma(images.device)).sum(dim=1, keepdim=True)
 
 
 def make_grey(images: Tensor, chosen: Tensor) -> Tensor:
@@ -186,6 +236,20 @@ def normalise(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"normalise needs uint8 images in [0, 255], got {images.dtype}.")
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = _mean_and_std(images.device)
     return ((images.float() / 255 - mean) / std).contiguous()
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    """Return the shares as `(3, 1, 1)`, float32; kept as `_mean_and_std` are."""
+    return torch.tensor(LUMA, device=device, dtype=torch.float32).view(3, 1, 1)
+
+
+@cache
+def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return both as `(3, 1, 1)`; kept, because sending them with every batch makes a GPU wait."""
+    return (
+        torch.tensor(MEAN, device=device).view(3, 1, 1),
+        torch.tensor(STD, device=device).view(3, 1, 1),
+    )

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks import stage_processes
+
 if TYPE_CHECKING:
     from training.settings import Settings
 
@@ -54,6 +56,8 @@ def start_flow(
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     logger.info("Starting Prefect.")
+    if not server_is_configured():  # then `rotvit` has seen that something must be computed
+        stage_processes.prepare()
     from prefect import tags
 
     from flows.rotation_vit import rotation_vit

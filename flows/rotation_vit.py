@@ -21,8 +21,10 @@ from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
 from tasks.download import download
 from tasks.feature_analysis import feature_analysis
+from tasks.features import features
 from tasks.finetune import finetune
 from tasks.from_scratch import from_scratch
+from tasks.frozen_tokens import frozen_tokens
 from tasks.linear_probe import linear_probe
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
@@ -42,7 +44,9 @@ TASKS: dict[str, StageTask] = {
     "prepare_data": prepare_data,
     "prepare_transfer_data": prepare_data.with_options(name="prepare-transfer-data"),
     "pretrain": pretrain,
+    "features": features,
     "linear_probe": linear_probe,
+    "frozen_tokens": frozen_tokens,
     "finetune_1": finetune.with_options(name="finetune-1"),
     "finetune_2": finetune.with_options(name="finetune-2"),
     "finetune_all": finetune.with_options(name="finetune-all"),

@@ -204,6 +204,14 @@ def to_device(model: ViTForImageClassification, device: torch.device) -> ViTForI
     return model
 
 
+def choose_attention(model: ViTForImageClassification, *, written_out: bool) -> None:
+    """Let a model compute its attention by products and softmax, or by torch's fused function.
+
+    Both compute the same but for rounding; in place, and no part of what is exported.
+    """
+    model.config._attn_implementation = "eager" if written_out else "sdpa"
+
+
 def replace_head(model: ViTForImageClassification, label_names: Sequence[str]) -> None:
     """Give the model a new head for these classes, in place; the backbone is left alone.
 

@@ -1,4 +1,4 @@
-"""A long stage in a process of its own: its log, its progress, its end.
+"""A stage in a process of its own: its log, its progress, its end.
 
 Prefect raises SIGTERM in the middle of a bytecode and needs the main thread for it; a segmentation
 fault or the kernel's out-of-memory killer must cost one attempt, not the flow. So the stage runs
@@ -10,9 +10,12 @@ import logging
 import os
 import signal
 import subprocess
-import sys
+import time
+from multiprocessing.connection import wait
 from typing import IO, Any
 
+from tasks import stage_processes
+from tasks.stage_processes import SERVER_DIED, ServerDiedError, StageProcess
 from training import attempts, progress, stage_files
 from training.errors import ERRORS_BY_NAME
 from training.lock import locked
@@ -54,26 +57,18 @@ def run_in_child(request: StageRequest) -> StageResult:
         found = attempts.begin(request)
     if found:
         return found
-    module = STAGES[request.stage].module or request.stage
-    # -P: a user's own data.py in the current directory must not stand in for ours.
-    command = [sys.executable, "-P", "-m", f"training.{module}", str(request.directory)]
-    command += ["--events", "--parent", str(os.getpid())]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C reaches it through us, once
-        env={"GOMP_SPINCOUNT": "1000", **os.environ},  # see training/hardware.py
-    ) as child:
+    stage = STAGES[request.stage]
+    try:
+        started = stage_processes.start(stage.module or stage.name, request.directory)
+    except ServerDiedError as error:
+        raise StageFailedError(str(error), reached=attempts.progress_on_disk(request)) from error
+    with started as child:
         assert child.stdout is not None
         try:
             events = _follow(child.stdout)
             code = child.wait()
         except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt, SystemExit
-            _stop(child)
+            _stop(child, saves=stage.resumes)
             raise
     return _result_of(request, code, events)
 
@@ -98,16 +93,30 @@ def _follow(stream: IO[str]) -> dict[str, Any]:
     return last
 
 
-def _stop(child: subprocess.Popen[str]) -> None:
-    child.send_signal(PARENT_STOPS)
+def _stop(child: StageProcess, *, saves: bool) -> None:
+    child.send_signal(PARENT_STOPS if saves else signal.SIGKILL)
     try:
-        child.communicate(timeout=GRACE_SECONDS)
+        _let_end(child, GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     except BaseException:  # asked again: at once. A checkpoint is complete or absent.
-        child.kill()
+        child.send_signal(signal.SIGKILL)
         raise
+
+
+def _let_end(child: StageProcess, seconds: float) -> None:
+    """Wait for a process to end, reading what it prints, so that it does not wait for a reader."""
+    deadline = time.monotonic() + seconds
+
+    def left() -> float:
+        return max(0.0, deadline - time.monotonic())
+
+    assert child.stdout is not None
+    output = child.stdout.fileno()
+    while wait([output], left()) and os.read(output, 2**16):
+        pass
+    child.wait(left())
 
 
 def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:
@@ -121,6 +130,12 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
         if name in ERRORS_BY_NAME:
             raise ERRORS_BY_NAME[name](message)
         raise StageFailedError(f"{request.stage} failed with {name}: {message}", reached=reached)
+    if code == SERVER_DIED:
+        raise StageFailedError(
+            f"The server that {request.stage} was forked from has died, and the stage with it, "
+            "which saved its state if it could.",
+            reached=reached,
+        )
     if code < 0:
         cause = signal.Signals(-code).name
         hint = (

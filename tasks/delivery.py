@@ -8,7 +8,6 @@ the other. Prefect does not look whether the files that a record names are sound
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from importlib import import_module
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.states import Completed
 
+from tasks import stage_processes
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from tasks.gpu_slot import gpu_slot
 from tasks.live_status import live_status
@@ -77,6 +77,8 @@ def stage_task(
 def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
     """Call a stage's task: *Cached* in Prefect's UI exactly where its result verifies."""
     verdict = store.inspect(request)
+    if verdict.result is None:
+        stage_processes.prepare()  # it imports while Prefect begins the task
     made = delivering.with_options(
         result_storage=request.outputs, refresh_cache=verdict.result is None
     )(request)
@@ -86,24 +88,14 @@ def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
 
 
 def compute(request: StageRequest) -> StageResult:
-    """Return a stage's result: the one that is there, or a new one.
-
-    Long stages run in a process of their own. Torch is imported here only if a short one must be
-    computed.
-    """
+    """Return a stage's result: the one that is there, or a new one, from a process of its own."""
     found = store.inspect(request).result
     if found:
         return found
-    stage = STAGES[request.stage]
-    if stage.in_child:
-        with live_status(request) as status, ExitStack() as slot:
-            if stage.trains and status:
-                slot.enter_context(gpu_slot(status.name_state))
-            return run_in_child(request)
-    from training.runner import run_stage
-
-    module = import_module(f"training.{stage.module or stage.name}")
-    return run_stage(request, module.compute)
+    with live_status(request) as status, ExitStack() as slot:
+        if STAGES[request.stage].trains and status:
+            slot.enter_context(gpu_slot(status.name_state))
+        return run_in_child(request)
 
 
 def _cache_key(context: TaskRunContext, parameters: Mapping[str, Any]) -> str:

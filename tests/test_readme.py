@@ -12,8 +12,9 @@ import yaml
 
 from data.records import Source
 from data.sources import REGISTERED
-from training.configure import setting_names
+from training.configure import build_settings, setting_names
 from training.presets import PRESETS
+from training.run_record import run_name
 from training.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,10 @@ def test_every_command_and_setting_exists(command: str) -> None:
             assert value.partition("=")[0] in setting_names()
         if option == "--preset":
             assert value in PRESETS
+
+
+def test_the_run_whose_models_are_used_is_that_of_the_default_preset() -> None:
+    assert set(re.findall(r"drawn-seed0-\w+", README)) == {run_name(build_settings("drawn"))}
 
 
 def test_the_make_targets_exist() -> None:

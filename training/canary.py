@@ -22,10 +22,10 @@ from data.lookalikes import LookalikeSource, kinds_in_words, kinds_of
 from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData, PreparedSplit
+from data.processors import available_processors
 from data.rotation import make_rotation_batch
 from data.sources import open_source
 from data.splits import Subset
-from training.hardware import available_processors
 from training.images import as_pretrained_on
 from training.probes import wilson_interval
 from training.settings import ConfigError, Settings
@@ -166,6 +166,7 @@ def _training_batches(subset: Subset, settings: Settings) -> Iterable[Batch]:
         flip=settings.pretrain.flip,
         seed=settings.seed,
         device=torch.device("cpu"),
+        crop_scale=settings.pretrain.crop_scale,
         colour_jitter=settings.pretrain.colour_jitter,
         greyscale=settings.pretrain.greyscale,
     )

@@ -1,27 +1,25 @@
 """Feature analysis: what each layer knows, from the embedding to the last block.
 
 Rotation features are often better some layers below the top, so every layer gets a linear probe
-and a nearest-neighbour score, all from one pass over the images. The mean of the patch tokens is
-the headline: at the embedding the class token has seen no pixel.
+and a nearest-neighbour score, on features that were taken in one pass over the images. The mean of
+the patch tokens is the headline: at the embedding the class token has seen no pixel.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers import ViTForImageClassification
 
-from models.vit import layer_names, to_device
-from training.features import Features, extract_features
-from training.hardware import Hardware
-from training.images import LabelledImages, open_labelled
-from training.network import build_model, load_start
+from models.vit import layer_names
+from training import runner
+from training.features import Backbone, Features, SplitFeatures, open_features
+from training.images import open_labelled
 from training.probes import knn_accuracy, train_heads
 from training.runner import StageContext, StageOutcome
+from training.settings import Settings
 
 
 @dataclass(frozen=True)
-class _LayerScores:
+class LayerScores:
     """Test scores by layer."""
 
     mean: list[float]
@@ -31,14 +29,19 @@ class _LayerScores:
 
 def compute(context: StageContext) -> StageOutcome:
     """Score every layer of the pretrained backbone, and of a random one as control."""
-    hardware = context.hardware()
-    images = open_labelled(context.input("data"), context.settings)
-    model = to_device(load_start(context), hardware.torch_device)
+    settings, device = context.settings, context.hardware().torch_device
+    images = open_labelled(context.input("data"), settings)
+
+    def score(backbone: Backbone) -> LayerScores:
+        features = open_features(context.input("features"), backbone, images)
+        return score_layers(
+            features.where_heads_train(device), settings, num_classes=len(images.class_names)
+        )
+
     context.progress(0, 2, "backbones", "pretrained")
-    found = _score_layers(model, images, context, hardware)
+    found = score("pretrained")
     context.progress(1, 2, "backbones", "random, as control")
-    random_model = to_device(build_model(context), hardware.torch_device)
-    control = _score_layers(random_model, images, context, hardware)
+    control = score("random")
     context.progress(2, 2, "backbones")
     layers = [
         {
@@ -51,7 +54,7 @@ def compute(context: StageContext) -> StageOutcome:
             "random_cls_top1": control.cls[layer],
             "random_knn_top1": control.knn[layer],
         }
-        for layer, name in enumerate(layer_names(context.settings.model.depth))
+        for layer, name in enumerate(layer_names(settings.model.depth))
     ]
     best = max(layers, key=lambda row: float(str(row["top1"])))
     return StageOutcome(
@@ -65,39 +68,29 @@ def compute(context: StageContext) -> StageOutcome:
     )
 
 
-def _score_layers(
-    model: ViTForImageClassification,
-    images: LabelledImages,
-    context: StageContext,
-    hardware: Hardware,
-) -> _LayerScores:
-    settings = context.settings
-    train, val, test = (
-        extract_features(model, subset, side=settings.model.image_size, hardware=hardware)
-        for subset in (images.train, images.val, images.test)
-    )
-    recipe = settings.linear_probe
+def score_layers(features: SplitFeatures, settings: Settings, *, num_classes: int) -> LayerScores:
+    """Probe every layer's mean token and class token, and let its neighbours vote."""
+    recipe, train, test = settings.linear_probe, features.train, features.test
 
     def pooled(features: Features) -> Tensor:
-        return torch.cat([features.mean, features.cls])
+        return features.rows[:-1]
 
     heads = train_heads(
         pooled(train),
         train.labels,
-        len(images.class_names),
+        num_classes,
         lrs=recipe.lrs,
         weight_decays=recipe.weight_decays,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
         seed=settings.seed,
     )
-    chosen = heads.choose(pooled(val), val.labels)
+    chosen = heads.choose(pooled(features.val), features.val.labels)
     on_test, _ = heads.scores(pooled(test), test.labels)
     scores = [float(on_test[row, best]) for row, best in enumerate(chosen)]
-    layers = len(train.mean)
-    return _LayerScores(
-        mean=scores[:layers],
-        cls=scores[layers:],
+    return LayerScores(
+        mean=scores[: train.layers],
+        cls=scores[train.layers :],
         knn=[
             knn_accuracy(
                 train.mean[layer],
@@ -106,6 +99,10 @@ def _score_layers(
                 test.labels,
                 k=min(settings.feature_analysis.knn_k, len(train.labels)),
             )
-            for layer in range(layers)
+            for layer in range(train.layers)
         ],
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -1,63 +1,186 @@
-"""Features of a frozen backbone: every layer, from one pass over the images.
+"""Features: what every layer of the frozen backbone says about the labelled images, in one pass.
 
-Dimension key: L = blocks, N = images, D = width of the tokens.
+The probe, the feature analysis and the report read these features and run no backbone. They are
+taken of all labelled images, so that another `transfer.labels` reads other rows of them, and of an
+untrained backbone besides: a random ViT is already a fair descriptor, and so the control.
+
+Dimension key: L = blocks, N = images, D = width of the tokens, R = 2 L + 3 rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 from transformers import ViTForImageClassification
 
 from data.loaders import eval_batches
 from data.splits import Subset
-from models.vit import layer_features
+from models.vit import layer_features, to_device
+from training import runner
 from training.hardware import Hardware
+from training.images import LabelledImages, open_splits
+from training.network import build_model, load_start
+from training.runner import StageContext, StageOutcome
+from training.settings import Settings
+
+Backbone = Literal["pretrained", "random"]
+"""Whose features: of the backbone to be measured, or of the one that it began as."""
+
+FOLDER = "features"
+"""Folder below the stage's directory: an array `<backbone>-<split>.npy` each."""
 
 _BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone says about a split; on the CPU, float32, in the order of the split.
+    """What a backbone says about some images; float32.
 
     Attributes:
-        cls: `(L+1, N, D)`, class token after the embedding or block l, before the last norm.
-        mean: `(L+1, N, D)`, mean of the patch tokens there.
-        final_cls: `(N, D)`, class token after the last norm: what a head reads.
-        labels: `(N,)`, int64.
+        rows: `(R, N, D)`: the mean of the patch tokens after the embedding and each block, the
+            class token at the same L+1 places, both before the last norm, and last the class token
+            after it, which is what a head reads. On the CPU, or where it was moved to; it may be
+            mapped from a file, of which only what is looked at is read.
+        labels: `(N,)`, int64, on the same device.
     """
 
-    cls: Tensor
-    mean: Tensor
-    final_cls: Tensor
+    rows: Tensor
     labels: Tensor
 
+    @property
+    def layers(self) -> int:
+        """Layers, the embedding among them: L + 1."""
+        return len(self.rows) // 2
 
-def extract_features(
-    model: ViTForImageClassification, subset: Subset, *, side: int, hardware: Hardware
-) -> Features:
-    """Run the backbone once over a labelled split, in eval mode, without changing it.
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the patch tokens by layer, `(L+1, N, D)`."""
+        return self.rows[: self.layers]
+
+    @property
+    def cls(self) -> Tensor:
+        """Class token by layer, `(L+1, N, D)`; at the embedding it has seen no pixel."""
+        return self.rows[self.layers : -1]
+
+    @property
+    def final_cls(self) -> Tensor:
+        """Class token after the last norm, `(1, N, D)`."""
+        return self.rows[-1:]
+
+    def to(self, device: torch.device) -> "Features":
+        """Return the same features on a device."""
+        return Features(self.rows.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of the images that the transfer stages train, choose and report on."""
+
+    train: Features
+    val: Features
+    test: Features
+
+    def where_heads_train(self, device: torch.device) -> "SplitFeatures":
+        """Return the same features on a device, or where they are if they do not fit there."""
+        parts = (self.train, self.val, self.test)
+        if device.type == "cuda":
+            needed = sum(part.rows.nbytes for part in parts)
+            if needed > torch.cuda.mem_get_info(device)[0] // 2:
+                return self
+        return SplitFeatures(*(part.to(device) for part in parts))
+
+
+def compute(context: StageContext) -> StageOutcome:
+    """Run the pretrained backbone and the random one over all labelled images."""
+    settings, hardware = context.settings, context.hardware()
+    splits = open_splits(context.input("data"), settings)
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    (context.directory / FOLDER).mkdir(exist_ok=True)
+    total, done = 2 * sum(map(len, parts.values())), 0
+    backbones: dict[Backbone, ViTForImageClassification] = {
+        "pretrained": load_start(context),
+        "random": build_model(context),
+    }
+    for backbone, model in backbones.items():
+        to_device(model, hardware.torch_device)
+        for split, subset in parts.items():
+            path = _path(context.directory, backbone, split)
+            for seen in write_features(path, model, subset, settings=settings, hardware=hardware):
+                context.progress(done + seen, total, "images", f"{backbone} backbone, {split}")
+                if context.stop:
+                    raise InterruptedError("Stopped while features were taken; begin anew.")
+            done += len(subset)
+    return StageOutcome(
+        scores={"images": total // 2, "layers": settings.model.depth + 1}, made=[FOLDER]
+    )
+
+
+def write_features(
+    path: Path,
+    model: ViTForImageClassification,
+    subset: Subset,
+    *,
+    settings: Settings,
+    hardware: Hardware,
+) -> Iterator[int]:
+    """Write the features of a split into a `.npy` file, in the order of the split.
+
+    One forward pass in eval mode, which leaves the model as it is. Centre crops are taken, nothing
+    is augmented. Memory does not grow with the number of images.
 
     Args:
+        path: Where to; float32 `(R, N, D)`, see `Features`.
         model: On the hardware's device.
-        subset: Labelled images; centre crops are taken, nothing is augmented.
-        side: Input size in pixels.
+        subset: The images; labels are not looked at.
+        settings: Of the run: the model's sizes.
         hardware: Device and precision.
+
+    Yields:
+        How many images are done, after each batch.
     """
-    parts = []
-    for batch in eval_batches(
-        subset, batch_size=_BATCH_SIZE, side=side, device=hardware.torch_device
-    ):
+    sizes, device = settings.model, hardware.torch_device
+    shape = (2 * sizes.depth + 3, len(subset), sizes.embed_dim)
+    rows = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    done = 0
+    batches = eval_batches(subset, batch_size=_BATCH_SIZE, side=sizes.image_size, device=device)
+    for batch in batches:
         with hardware.autocast():
             found = layer_features(model, batch.images)
-        parts.append(
-            (found.cls.float().cpu(), found.mean.float().cpu(), found.final_cls.float().cpu())
-        )
-    cls, mean, final_cls = zip(*parts, strict=True)
-    return Features(
-        cls=torch.cat(cls, dim=1),
-        mean=torch.cat(mean, dim=1),
-        final_cls=torch.cat(final_cls),
-        labels=torch.from_numpy(subset.labels),
-    )
+        together = torch.cat([found.mean, found.cls, found.final_cls[None]]).float().cpu()
+        rows[:, done : done + len(batch.ids)] = together.numpy()
+        done += len(batch.ids)
+        yield done
+    rows.flush()
+
+
+def open_features(directory: Path, backbone: Backbone, images: LabelledImages) -> SplitFeatures:
+    """Open the features of the images that the transfer stages use.
+
+    Args:
+        directory: Of the finished stage.
+        backbone: Whose features.
+        images: The labelled images; of the training images only these are returned.
+    """
+    parts = {"train": images.train, "val": images.val, "test": images.test}
+    opened = {}
+    for split, subset in parts.items():
+        # Copy on write: torch wants memory that it may write to, the file stays as it is.
+        rows = torch.from_numpy(np.load(_path(directory, backbone, split), mmap_mode="c"))
+        if split == "train" and len(images.train) < rows.shape[1]:
+            rows = rows[:, torch.from_numpy(images.places)]
+        assert subset.labels is not None  # open_labelled sees to it
+        opened[split] = Features(rows, torch.from_numpy(subset.labels))
+    return SplitFeatures(**opened)
+
+
+def _path(directory: Path, backbone: Backbone, split: str) -> Path:
+    return directory / FOLDER / f"{backbone}-{split}.npy"
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

@@ -11,16 +11,25 @@ cores they spin away the time of the one they wait for. EXPERIMENTS.md has the f
 import json
 import logging
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import threadpoolctl
 import torch
 from torch import nn
+from transformers import ViTForImageClassification
 
-from training.settings import HardwareSettings
+from data.processors import available_processors
+from data.splits import Subset
+from models.vit import choose_attention, to_device
+from training.settings import ConfigError, HardwareSettings
 from training.stage_files import OutputsError
 from training.store import write_atomically
 
@@ -30,6 +39,22 @@ WIDE_ENOUGH_FOR_BFLOAT16 = 256
 """Narrowest network, by token width, that bfloat16 makes faster on CPU. On two cores with AVX-512
 bf16, bfloat16 over float32 in samples/s: 1.8 at width 512 with 8 blocks, 0.76 at width 128 with 4
 (transformers' ViT, torch 2.15)."""
+
+COMPILING_PAYS = 1e17
+"""Length of a training on a GPU, in floating-point operations, from which compiling its network
+pays. Reckoned, not measured: five minutes at 40 % of the bfloat16 rate of an H100, of which a fifth
+pays for a minute of compiling; `benchmarks/gpu.py` measures both. On CPU it is left to the user: no
+clear gain was found there (EXPERIMENTS.md)."""
+
+MOST_TOKENS_WRITTEN_OUT = 256
+"""Longest sequence whose attention is written out (products and softmax) where a processor trains
+in bfloat16. There the backward pass of torch's fused attention takes more than twice as long as in
+float32; written out, a step of the mission's network (101 tokens) takes a seventh less, at 257
+tokens as long (EXPERIMENTS.md), and what is held for the backward pass grows with the square."""
+
+SHARE_FOR_IMAGES = 0.4
+"""Largest part of a GPU's free memory that the training images may take by themselves: what they
+leave holds the activations of some thousand samples of the mission's network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +71,34 @@ class Hardware:
         """The device, as torch names it."""
         return torch.device(self.device)
 
-    def for_training(self, model: nn.Module) -> Callable[..., Any]:
+    def place(self, model: ViTForImageClassification) -> ViTForImageClassification:
+        """Move a model that is to be trained to the device, in place, and return it.
+
+        Its attention is computed in the form that trains faster there; see
+        `MOST_TOKENS_WRITTEN_OUT`. Weights, and what is exported, are the same for both.
+        """
+        to_device(model, self.torch_device)
+        tokens = model.vit.embeddings.position_embeddings.shape[1]
+        on_processor = self.device == "cpu" and self.precision == "bfloat16"
+        choose_attention(model, written_out=on_processor and tokens <= MOST_TOKENS_WRITTEN_OUT)
+        return model
+
+    def for_training(self, model: nn.Module, *, cache: Path) -> Callable[..., Any]:
         """Return what calls the model in a training step: compiled, or the model itself.
 
         The model's weights and their names stay what they are.
+
+        Args:
+            model: On the device.
+            cache: Folder that keeps what was compiled for the next process, unless
+                `TORCHINDUCTOR_CACHE_DIR` names one. Torch's own is in the temporary folder, which
+                a new container or a new start of the machine finds empty.
         """
-        return torch.compile(model, dynamic=False) if self.compile else model
+        if not self.compile:
+            return model
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.resolve()))
+        logger.info("The network is compiled; its first step waits for that, a minute or two.")
+        return torch.compile(model, dynamic=False)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which matrix products run at `precision`."""
@@ -60,27 +107,40 @@ class Hardware:
         )
 
 
-def decide_once(directory: Path, settings: HardwareSettings, *, embed_dim: int) -> Hardware:
+def decide_once(
+    directory: Path,
+    settings: HardwareSettings,
+    *,
+    embed_dim: int,
+    operations: float | None = None,
+) -> Hardware:
     """Take the decision stored in a stage's directory, or decide and store it; set the threads.
 
-    A stored CUDA device that is not there any more gives way to the CPU, with a warning.
+    What the stored decision takes and is not there any more, a CUDA device or a compiler, is done
+    without, with a warning. For the arguments see `decide`.
 
     Raises:
+        ConfigError: As `decide` does.
         OutputsError: If the stored decision cannot be read.
     """
     path = directory / "hardware.json"
-    hardware = decide(settings, embed_dim=embed_dim)
+    hardware = decide(settings, embed_dim=embed_dim, operations=operations)
     if path.is_file():
         stored = _read(path)
         if stored.device == "cuda" and not torch.cuda.is_available():
             logger.warning("Started on a GPU, goes on without one: results will differ in bytes.")
-            stored = Hardware(**{**asdict(stored), "device": "cpu"})
-        if stored != hardware:
+            stored = replace(stored, device="cpu")
+        if stored.compile and operations is not None and _missing_to_compile(stored.device):
+            logger.warning("Started compiled, goes on without: results will differ in bytes.")
+            stored = replace(stored, compile=False)
+        if stored != replace(hardware, compile=stored.compile):
             logger.info("As its first attempt, the stage computes on %s.", stored)
         hardware = stored
     else:
         write_atomically(path, json.dumps(asdict(hardware)).encode())
     torch.set_num_threads(hardware.threads)
+    # NumPy's and scikit-learn's are pools of their own, which know no quota.
+    threadpoolctl.threadpool_limits(hardware.threads)
     return hardware
 
 
@@ -94,8 +154,20 @@ def _read(path: Path) -> Hardware:
         ) from error
 
 
-def decide(settings: HardwareSettings, *, embed_dim: int) -> Hardware:
-    """Decide device, precision, compilation and threads for a network of that width."""
+def decide(
+    settings: HardwareSettings, *, embed_dim: int, operations: float | None = None
+) -> Hardware:
+    """Decide device, precision, compilation and threads.
+
+    Args:
+        settings: What the user wants; the rest is decided.
+        embed_dim: Width of the network.
+        operations: Floating-point operations of the whole training; none where nothing is trained,
+            and so nothing is compiled.
+
+    Raises:
+        ConfigError: If the network is to be compiled and what that needs is not here.
+    """
     device: Literal["cpu", "cuda"]
     if settings.device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,21 +184,68 @@ def decide(settings: HardwareSettings, *, embed_dim: int) -> Hardware:
     return Hardware(
         device=device,
         precision=precision,
-        compile=settings.compile,
-        threads=settings.threads or available_processors(),
+        compile=operations is not None and _compiles(settings, device, operations),
+        threads=settings.threads or _threads(),
     )
 
 
-def available_processors() -> int:
-    """Processors that this process may use: its affinity, within its control group's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if quota != "max":
-            count = min(count or 1, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no control group, or an older kind: the affinity stands
-    return count or 1
+def _compiles(
+    settings: HardwareSettings, device: Literal["cpu", "cuda"], operations: float
+) -> bool:
+    pays = device == "cuda" and operations >= COMPILING_PAYS
+    wanted = pays if settings.compile == "auto" else settings.compile
+    missing = _missing_to_compile(device) if wanted else ""
+    if missing and settings.compile is True:
+        raise ConfigError(
+            f"hardware.compile=true needs {missing}, which is not here. Install it, or set "
+            "hardware.compile=auto, which does without."
+        )
+    return wanted and not missing
+
+
+def _missing_to_compile(device: Literal["cpu", "cuda"]) -> str:
+    """Name what torch.compile builds its code with and does not find here; nothing if all is."""
+    if device == "cuda":
+        if find_spec("triton") is None:
+            return "Triton (pip install triton)"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"a compiler ({' or '.join(compilers)})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (package python3-dev or the like)"
+    return ""
+
+
+def keeps_images(settings: HardwareSettings, device: torch.device, *, images: Subset) -> bool:
+    """Decide whether training images stay on the device; call it when the model is there.
+
+    Raises:
+        ConfigError: If `hardware.data_on_device` is true, and they are larger than the free memory.
+    """
+    if device.type != "cuda" or settings.data_on_device is False:
+        return settings.data_on_device is True
+    free, _ = torch.cuda.mem_get_info(device)
+    if settings.data_on_device is True:
+        if images.nbytes > free:
+            raise ConfigError(
+                f"hardware.data_on_device=true needs training images that fit into the GPU's free "
+                f"memory; they take {images.nbytes / 2**30:.1f} GiB of {free / 2**30:.1f}. Set "
+                "hardware.data_on_device=auto."
+            )
+        return True
+    return images.nbytes <= SHARE_FOR_IMAGES * free
+
+
+def _threads() -> int:
+    """Threads where none are set: a user, or a batch system, may ask for fewer than there could be.
+
+    `OMP_NUM_THREADS` is what torch itself goes by. Fewer, not more: that would be too many.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # then nested teams'
+    usable = available_processors()
+    return min(usable, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else usable
 
 
 def describe() -> dict[str, str | int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.duplicates import has_copy
@@ -22,12 +23,14 @@ class LabelledImages:
         train: The `transfer.labels` labelled images, the same for every stage.
         val: All validation images, with labels.
         test: All test images, read once per reported number.
+        places: `(len(train),)`, int64: where these stand among all training images.
         class_names: In the order of the labels.
     """
 
     train: Subset
     val: Subset
     test: Subset
+    places: NDArray[np.int64]
     class_names: tuple[str, ...]
 
 
@@ -112,4 +115,10 @@ def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
         )
     splits = open_splits(prepared, settings)
     train = take_labelled(splits.train, settings.transfer.labels, seed=settings.data.split_seed)
-    return LabelledImages(train=train, val=splits.val, test=splits.test, class_names=tuple(names))
+    return LabelledImages(
+        train=train,
+        val=splits.val,
+        test=splits.test,
+        places=np.searchsorted(splits.train.indices, train.indices),
+        class_names=tuple(names),
+    )

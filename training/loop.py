@@ -38,6 +38,11 @@ from training.stopping import Stopped
 logger = logging.getLogger(__name__)
 
 
+PASSES_PER_STEP = 3
+"""Forward passes that a step's arithmetic is worth: itself, and twice that backward, where the
+gradient of each product with respect to its weights and to its input is another product."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained, and on what.

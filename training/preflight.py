@@ -6,15 +6,15 @@ from pathlib import Path
 from data.records import DatasetError
 from data.sources import Outline, outline
 from training import store
-from training.settings import Settings
+from training.settings import ConfigError, Settings
 from training.stage_files import OutputsError
 from training.stages import STAGES, plan, transfer_data
 from training.store import data_source
 from training.wandb_key import wandb_mode
 
 TRANSFER_STAGES = (
-    *("linear_probe", "finetune_1", "finetune_2", "finetune_all", "from_scratch"),
-    "feature_analysis",
+    *("features", "linear_probe", "frozen_tokens", "finetune_1", "finetune_2", "finetune_all"),
+    *("from_scratch", "feature_analysis"),
 )
 """Stages that need labels."""
 
@@ -26,11 +26,18 @@ def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
     the settings, or nothing. Call it again when a download is done.
 
     Raises:
-        ConfigError: If `until` names no stage, or W&B is to be online without a key.
+        ConfigError: If `until` names no stage or one that is of no use, or W&B is to be online
+            without a key.
         DatasetError: If a source cannot be used as the stages need it.
         OutputsError: If the outputs folder cannot be written.
     """
     stages = [stage.name for stage in plan(settings, until)]
+    if "frozen_tokens" in stages and not settings.uses_frozen_tokens:
+        raise ConfigError(
+            "frozen-tokens are computed for images that are the same in every epoch of "
+            "fine-tuning; set finetune.flip=false, data.crop_margin=0 and "
+            "hardware.frozen_tokens=auto."
+        )
     check_outputs(outputs)
     wandb_mode(settings.tracking)
     for name in stages:

@@ -9,11 +9,11 @@ from data.fetching import STAGE
 from data.patience import Patience
 from data.prepare import prepare
 from data.prepared import PreparedData
+from data.processors import available_processors
 from data.records import DatasetError
 from data.sources import open_source
 from training import runner
 from training.attempts import DOUBTED
-from training.hardware import available_processors
 from training.runner import StageContext, StageOutcome
 from training.stopping import StopRequest
 from training.store import data_source

@@ -7,12 +7,12 @@ which turn it sees (Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728)
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from data.loaders import Batch, Batches, eval_batches
 from data.randomness import derive_seed, uniform
+from data.reading import send
 from data.rotation import (
     NUM_ROTATIONS,
     ROTATION_NAMES,
@@ -24,25 +24,26 @@ from data.splits import Subset
 from models.drop_path import drop_paths
 from models.export import save_model
 from models.pretraining_heads import PretrainingNetwork
-from models.vit import to_device
 from training import loop, runner
 from training.evaluation import Score, evaluate
+from training.hardware import keeps_images
 from training.images import as_pretrained_on, open_pretraining
 from training.network import build_model
 from training.runner import StageContext, StageOutcome
+from training.settings import Settings
 
 
 def compute(context: StageContext) -> StageOutcome:
     """Pretrain on the prepared images, from the newest checkpoint where there is one."""
     settings, recipe = context.settings, context.settings.pretrain
-    hardware = context.hardware()
-    device = hardware.torch_device
     side, shown = settings.model.image_size, settings.pretrain_size
     other = "transfer_data" in context.request.inputs
     splits, left_out = open_pretraining(
         context.input("data"), settings, context.input("transfer_data") if other else None
     )
-    model = to_device(build_model(context, ROTATION_NAMES, image_size=shown), device)
+    hardware = context.hardware(passes=passes_of_training(settings, len(splits.train)))
+    device = hardware.torch_device
+    model = hardware.place(build_model(context, ROTATION_NAMES, image_size=shown))
     drop_paths(model, recipe.drop_path)
     batches = Batches(
         splits.train,
@@ -51,8 +52,10 @@ def compute(context: StageContext) -> StageOutcome:
         flip=recipe.flip,
         seed=settings.seed,
         device=device,
+        crop_scale=recipe.crop_scale,
         colour_jitter=recipe.colour_jitter,
         greyscale=recipe.greyscale,
+        keep_on_device=keeps_images(settings.hardware, device, images=splits.train),
     )
 
     network: nn.Module = model
@@ -63,7 +66,7 @@ def compute(context: StageContext) -> StageOutcome:
             patches=recipe.patch_rotation > 0,
             seed=derive_seed(settings.seed, "heads"),
         )
-    forward = hardware.for_training(network)
+    forward = hardware.for_training(network, cache=context.compile_cache)
 
     def compute_loss(batch: Batch) -> Tensor:
         seen = as_pretrained_on(batch.images, settings)
@@ -71,7 +74,7 @@ def compute(context: StageContext) -> StageOutcome:
             images, turns = make_rotation_batch(seen)
         else:
             drawn = uniform(settings.seed, batch.epoch, batch.ids, "rotation")
-            turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
+            turns = send((drawn * NUM_ROTATIONS).astype("int64"), device)
             images = rotate_each(seen, turns)
         with hardware.autocast():
             answers = forward(images)
@@ -87,7 +90,7 @@ def compute(context: StageContext) -> StageOutcome:
         patch, count = settings.model.patch_size, shown // settings.model.patch_size
         patches = batch.ids[:, None] * count**2 + np.arange(count**2)
         drawn = uniform(settings.seed, batch.epoch, patches, "patch rotation")
-        turns = torch.from_numpy((drawn * NUM_ROTATIONS).astype("int64")).to(device)
+        turns = send((drawn * NUM_ROTATIONS).astype("int64"), device)
         images = turn_patches(
             batch.images,
             turns.view(-1, count, count),
@@ -152,6 +155,20 @@ def compute(context: StageContext) -> StageOutcome:
         wall_seconds_before=state.wall_seconds_before,
         resumed_from=state.resumed_from,
     )
+
+
+def passes_of_training(settings: Settings, images: int) -> float:
+    """Return what pretraining is worth in forward passes of one image at `model.image_size`.
+
+    Args:
+        settings: Of the run.
+        images: That it trains on.
+    """
+    recipe, sizes = settings.pretrain, settings.model
+    shown = sizes.model_copy(update={"image_size": settings.pretrain_size})
+    share = shown.operations_per_image / sizes.operations_per_image
+    each = recipe.samples_per_step / recipe.batch_size + (recipe.patch_rotation > 0)
+    return recipe.epochs * images * each * share * loop.PASSES_PER_STEP
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
+from torch.nn import functional
 
 from data.loaders import epoch_order
 from training.optim import learning_rate
@@ -30,6 +29,9 @@ any patch. Rounding must not look like information there."""
 
 LOGITS_PER_CHUNK = 2**24
 """Logits held at a time while scoring, so that memory does not grow with the dataset."""
+
+SIMILARITIES_PER_CHUNK = 2**26
+"""The same for the similarities between images: 256 MiB."""
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -163,15 +165,16 @@ def train_heads(
     num_layers, num_images, width = features.shape
     mean, scale = _statistics(features)
 
-    # Heads side by side, (L, D, G*C), so that one matrix product per layer serves all of them.
-    weight = features.new_zeros(num_layers, width, len(grid) * num_classes)
-    bias = features.new_zeros(num_layers, 1, len(grid) * num_classes)
+    # Heads side by side, (L, C*G, D), so that one matrix product per layer serves all of them;
+    # class by class, because a softmax over ten neighbours in memory takes ten times as long.
+    weight = features.new_zeros(num_layers, num_classes * len(grid), width)
+    bias = features.new_zeros(num_layers, num_classes * len(grid), 1)
     weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
-    lr_per_column, decay_per_column = (
-        features.new_tensor(values).repeat_interleave(num_classes)
+    lr_per_head, decay_per_head = (
+        features.new_tensor(values).repeat(num_classes)[:, None]
         for values in zip(*grid, strict=True)
     )
-    one_hot = torch.nn.functional.one_hot(labels, num_classes).to(features.dtype)
+    one_hot = functional.one_hot(labels, num_classes).to(features.dtype).T
 
     steps_per_epoch = math.ceil(num_images / batch_size)
     batch_size = num_images // steps_per_epoch
@@ -179,18 +182,20 @@ def train_heads(
     for step, rows in enumerate(_batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)):
         rows = rows.to(features.device)
         x = (features[:, rows] - mean[:, None]) * scale[:, None]
-        logits = torch.baddbmm(bias, x, weight).reshape(*x.shape[:2], len(grid), num_classes)
+        logits = torch.baddbmm(bias, weight, x.mT).view(num_layers, num_classes, -1)
         # The gradient of the mean cross-entropy of each head with respect to its logits.
-        errors = (logits.softmax(dim=-1) - one_hot[rows][:, None]).flatten(-2) / batch_size
-        weight_velocity.mul_(MOMENTUM).add_(x.mT @ errors).add_(weight * decay_per_column)
-        bias_velocity.mul_(MOMENTUM).add_(errors.sum(dim=1, keepdim=True))
+        errors = logits.softmax(dim=1).view(num_layers, num_classes, len(grid), batch_size)
+        errors = errors.sub_(one_hot[:, None, rows]).div_(batch_size).flatten(1, 2)
+        weight_velocity.mul_(MOMENTUM).baddbmm_(errors, x).add_(weight * decay_per_head)
+        bias_velocity.mul_(MOMENTUM).add_(errors.sum(dim=2, keepdim=True))
         share = learning_rate(step, total_steps=total_steps, warmup_steps=0, peak_lr=1.0)
-        weight.sub_(weight_velocity * (lr_per_column * share))
-        bias.sub_(bias_velocity * (lr_per_column * share))
+        weight.sub_(weight_velocity * (lr_per_head * share))
+        bias.sub_(bias_velocity * (lr_per_head * share))
 
+    by_head = (num_layers, num_classes, len(grid))
     return Heads(
-        weight=weight.mT.reshape(num_layers, len(grid), num_classes, width),
-        bias=bias.reshape(num_layers, len(grid), num_classes),
+        weight=weight.view(*by_head, width).transpose(1, 2).contiguous(),
+        bias=bias.view(by_head).mT.contiguous(),
         mean=mean,
         scale=scale,
         grid=grid,
@@ -217,10 +222,15 @@ def knn_accuracy(
             f"feature_analysis.knn_k must be between 1 and the number of training images, "
             f"{len(train_features)}, got {k}. Lower it, or raise transfer.labels."
         )
-    classifier = KNeighborsClassifier(n_neighbors=k, metric="cosine")
-    classifier.fit(train_features.cpu().numpy(), train_labels.cpu().numpy())
-    predicted = classifier.predict(features.cpu().numpy())
-    return float(np.mean(predicted == labels.cpu().numpy()))
+    known = functional.normalize(train_features.float(), dim=1)
+    chunk = max(1, SIMILARITIES_PER_CHUNK // len(known))
+    correct = 0
+    for some, wanted in zip(torch.split(features, chunk), torch.split(labels, chunk), strict=True):
+        nearest = (functional.normalize(some.float(), dim=1) @ known.T).topk(k, dim=1).indices
+        votes = functional.one_hot(train_labels[nearest]).sum(dim=1)
+        # Of classes with as many votes, argmax takes the first.
+        correct += int((votes.argmax(dim=1) == wanted).sum())
+    return correct / len(labels)
 
 
 def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:

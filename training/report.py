@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from data.records import DatasetError
 from data.specs import without_secrets
-from training import figures, report_pictures, store
+from training import figures, report_pictures, runner, store
 from training.configure import flatten
 from training.hardware import decide
 from training.images import copies_in_pretraining
@@ -286,3 +286,7 @@ def _duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+if __name__ == "__main__":
+    raise SystemExit(runner.main(compute))

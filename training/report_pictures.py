@@ -26,10 +26,10 @@ from models.attention import class_attention
 from models.errors import ModelError
 from models.export import load_model
 from models.resolution import at_image_size
-from models.vit import build_vit, to_device
+from models.vit import to_device
 from training.confusion import Confusion, count_confusions
 from training.feature_map import FeatureMap, draw_feature_map
-from training.features import extract_features
+from training.features import Backbone, open_features
 from training.hardware import Hardware
 from training.images import open_labelled, open_splits
 from training.report_scores import TITLES
@@ -116,7 +116,7 @@ def draw(results: Mapping[str, StageResult], settings: Settings, hardware: Hardw
     return Pictures(
         turns=pretrained.turns(),
         looks=pretrained.looks(),
-        features=classes.features(pretrained.model),
+        features=classes.features(),
         confusions=list(classes.confusions()),
         labelled=len(classes.test) if classes.test else 0,
         labelled_of=classes.of,
@@ -221,26 +221,26 @@ class _Classes:
             images = open_labelled(results[transfer_data(settings)].directory, settings)
         except (KeyError, DatasetError):  # no labels, or not there
             return
-        self.test, self.of = _sample(images.test, MOST_IMAGES), len(images.test)
-        self.names = images.class_names
+        self.images, self.of = images, len(images.test)
+        self.test, self.names = _sample(images.test, MOST_IMAGES), images.class_names
 
-    def features(self, pretrained: ViTForImageClassification) -> FeatureMap | None:
-        if self.test is None or len(self.test) < 3:
+    def features(self) -> FeatureMap | None:
+        labels = None if self.test is None else self.test.labels
+        if labels is None or len(labels) < 3 or "features" not in self.results:
             return None
-        sizes = self.settings.model.model_dump()
-        random = build_vit(**sizes, num_labels=2, label_names=("0", "1"), seed=self.settings.seed)
-        tokens = {
-            title: extract_features(
-                to_device(model, self.hardware.torch_device),
-                self.test,
-                side=self.settings.model.image_size,
-                hardware=self.hardware,
-            )
-            for title, model in (("Before pretraining", random), ("After", pretrained))
-        }
+        directory, places = self.results["features"].directory, _places(self.of, MOST_IMAGES)
+        titles: dict[Backbone, str] = {"random": "Before pretraining", "pretrained": "After"}
+        try:
+            tokens = {
+                title: open_features(directory, backbone, self.images).test.final_cls[0, places]
+                for backbone, title in titles.items()
+            }
+        except OSError as gone:
+            logger.info("The report has no map of features: %s", gone)
+            return None
         return draw_feature_map(
-            {title: found.final_cls.numpy() for title, found in tokens.items()},
-            labels=next(iter(tokens.values())).labels.numpy(),
+            {title: found.numpy() for title, found in tokens.items()},
+            labels=labels,
             names=self.names,
         )
 

@@ -1,7 +1,7 @@
 """How any stage is delivered: found again, resumed, or computed, under one lock.
 
 A stage's module has a function `compute(context) -> StageOutcome`; everything around it is here.
-A module of a long stage ends with `raise SystemExit(runner.main(compute))`, so that
+It ends with `raise SystemExit(runner.main(compute))`, so that
 `python -P -m training.<module> DIRECTORY` runs it in a process of its own.
 """
 
@@ -79,10 +79,24 @@ class StageContext:
         """Directory of the stage that fills a role."""
         return self.request.inputs[role].directory
 
-    def hardware(self) -> hardware.Hardware:
-        """Return what this key computes on, decided by its first attempt."""
+    @property
+    def compile_cache(self) -> Path:
+        """Folder of what was compiled, for all stages; safe to delete."""
+        return self.request.outputs / ".cache" / "compile"
+
+    def hardware(self, *, passes: float | None = None) -> hardware.Hardware:
+        """Return what this key computes on, decided by its first attempt.
+
+        Args:
+            passes: Forward passes of one image that the training of the network is worth; none
+                where nothing is trained. Must be given before a stored decision is asked for.
+        """
+        model = self.settings.model
         return hardware.decide_once(
-            self.directory, self.settings.hardware, embed_dim=self.settings.model.embed_dim
+            self.directory,
+            self.settings.hardware,
+            embed_dim=model.embed_dim,
+            operations=None if passes is None else passes * model.operations_per_image,
         )
 
     def progress(

@@ -60,6 +60,15 @@ class ModelSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability after embeddings, attention and MLP."""
 
+    @property
+    def operations_per_image(self) -> float:
+        """Floating-point operations of one image's forward pass: its products of matrices."""
+        patches, width = (self.image_size // self.patch_size) ** 2, self.embed_dim
+        tokens = patches + 1
+        embedding = patches * 3 * self.patch_size**2 * width
+        block = tokens * (4 + 2 * self.mlp_ratio) * width**2 + 2 * tokens**2 * width
+        return 2 * (embedding + self.depth * block)  # a product and a sum for each weight
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         if self.image_size % self.patch_size:
@@ -123,6 +132,10 @@ class RecipeSettings(Section):
     """Largest norm of the whole gradient; none switches clipping off."""
     flip: bool = True
     """Mirror images left-right at random, before any rotation."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Smallest part of the prepared image's area that is shown: squares of random area, up to the
+    whole, at random places, are resized to the input size on the device. Common for photos: 0.08 to
+    0.35. None shows crops of the input size, unresized."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Stochastic depth: probability with which the branches of the last block are left out for a
     sample; linearly less below (Huang et al. 2016, as in DeiT). Off by default."""
@@ -290,11 +303,24 @@ class HardwareSettings(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of forward and backward passes; weights and optimiser state stay float32. Auto takes
     bfloat16 where the hardware computes in it and the network is wide enough to profit."""
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
     """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
-    passes over memory afterwards, and other last bits."""
+    passes over memory afterwards, and other last bits. Auto does so on a GPU, where the training is
+    long enough to pay for it and what compiling needs is here."""
+    data_on_device: Literal["auto", True, False] = "auto"
+    """Whether training images stay on the GPU once they were sent there, as bytes, so that later
+    epochs read nothing from the host. Auto does so where they take little of the GPU's free memory.
+    Cannot change results."""
+    frozen_tokens: Literal["auto", "always", "never"] = "auto"
+    """Compute only once what the blocks that fine-tuning leaves alone make of the labelled images,
+    and keep it on disk as bfloat16. For images that are the same in every epoch
+    (`finetune.flip=false`, no `finetune.crop_scale`, `data.crop_margin=0`): auto does it there if
+    what is kept takes at most 16 GiB and half of the free disk, always does it whatever the
+    size."""
     threads: PositiveInt | None = None
-    """CPU threads of the computation; none takes the processors that this process may use."""
+    """CPU threads of the computation, and of decoding. None takes the processors that this process
+    may use by its affinity and the quotas of its control groups, and for the computation no more
+    than `OMP_NUM_THREADS`, where that is set."""
 
 
 class TrackingSettings(Section):
@@ -355,10 +381,29 @@ class Settings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _frozen_tokens_are_of_use(self) -> Self:
+        if self.hardware.frozen_tokens == "always" and not self.uses_frozen_tokens:
+            raise ValueError(
+                "hardware.frozen_tokens=always needs images that are the same in every epoch, got "
+                f"finetune.flip={str(self.finetune.flip).lower()}, "
+                f"finetune.crop_scale={self.finetune.crop_scale or 'none'} and "
+                f"data.crop_margin={self.data.crop_margin:g}. Set finetune.flip=false, "
+                "finetune.crop_scale=none and data.crop_margin=0, or hardware.frozen_tokens=auto."
+            )
+        return self
+
     @property
     def pretrain_size(self) -> int:
         """Side in pixels at which pretraining shows images."""
         return self.pretrain.image_size or self.model.image_size
+
+    @property
+    def uses_frozen_tokens(self) -> bool:
+        """Whether fine-tuning reads what frozen blocks made of the images, unless too large."""
+        recipe = self.finetune
+        augments = recipe.flip or recipe.crop_scale or self.prepared_size > self.model.image_size
+        return self.hardware.frozen_tokens != "never" and not augments
 
     @property
     def prepared_size(self) -> int:

@@ -19,11 +19,19 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+KEEP_TOKENS = "keep_tokens.json"
+"""Whether a stage keeps what frozen blocks make of its images, decided by its first attempt."""
+
 TRACKING = "wandb"
 """Folder of what is on its way to W&B, below a stage's directory; no part of its result."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a file cannot grow: no space, a quota, a limit of the process."""
+
+
+LARGE_BYTES = 2**26
+"""Files of this size are verified by size and time stamp, and hashed only where the latter is
+another one: hashing takes a second per gigabyte, and a cached run looks at every stage."""
 
 
 class OutputsError(ValueError):
@@ -35,6 +43,8 @@ class FileRecord(BaseModel):
 
     sha256: str
     size: int
+    modified_ns: int | None = None
+    """Time stamp of a large file: while it stands, the file is not hashed at every look."""
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -96,8 +106,11 @@ def record_files(directory: Path, names: list[str]) -> dict[str, FileRecord]:
         root = directory / name
         paths = sorted(path for path in root.rglob("*") if path.is_file()) or [root]
         for path in paths:
+            status = path.stat()
             records[path.relative_to(directory).as_posix()] = FileRecord(
-                sha256=sha256_of(path), size=path.stat().st_size
+                sha256=sha256_of(path),
+                size=status.st_size,
+                modified_ns=status.st_mtime_ns if status.st_size >= LARGE_BYTES else None,
             )
     return records
 

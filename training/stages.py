@@ -15,6 +15,9 @@ _SPLITS = ("data.val_fraction", "data.test_fraction", "data.split_seed")
 _LABELLED = ("transfer.labels", *_SPLITS)
 _ARITHMETIC = ("hardware.precision", "hardware.compile")
 
+TRAINED_BLOCKS = {"finetune_1": 1, "finetune_2": 2}
+"""Blocks that a fine-tuning trains, counted from the head, by stage; the others train all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -24,13 +27,13 @@ class Stage:
         name: Stem of its module and files.
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
-        reads_where_set: Names of settings that came later and are read only where they are not
-            at their default, which is off, so that results from before they came stay valid; also
-            those of a section that `reads` names.
+        reads_where_set: Names of settings, also within what it reads, that came later and are read
+            only where they are not at their default, which is off, so that results from before
+            they came stay valid.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
-        in_child: Whether it runs in a process of its own (long, and wants to be stopped).
+        resumes: Whether an attempt that is told to stop saves what the next one goes on from.
         trains: Whether it is a long training, of which a GPU takes one at a time.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
@@ -42,7 +45,7 @@ class Stage:
     needs: Callable[["Settings"], Mapping[str, str]]
     reads_where_set: tuple[str, ...] = ()
     version: int = 1
-    in_child: bool = False
+    resumes: bool = False
     trains: bool = False
     module: str = ""
     directory: str = ""
@@ -71,12 +74,14 @@ def _needs_download(
     return needs
 
 
+def _needs_finetune(settings: "Settings", start: str = "linear_probe") -> dict[str, str]:
+    needs = {"start": start, "data": transfer_data(settings)}
+    return {**needs, "tokens": "frozen_tokens"} if settings.uses_frozen_tokens else needs
+
+
 def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
     previous = settings.finetune.start_from == "previous"
-    return {
-        "start": "finetune_1" if previous else "linear_probe",
-        "data": transfer_data(settings),
-    }
+    return _needs_finetune(settings, "finetune_1" if previous else "linear_probe")
 
 
 def _needs_report(settings: "Settings") -> dict[str, str]:
@@ -85,6 +90,8 @@ def _needs_report(settings: "Settings") -> dict[str, str]:
         names.remove("finetune_all")
     if settings.transfer_is_pretrain_data:
         names.remove("prepare_transfer_data")
+    if not settings.uses_frozen_tokens:
+        names.remove("frozen_tokens")
     data = [name for name in names if name.startswith("prepare")]
     downloads = {stage for name in data for stage in STAGES[name].needs(settings).values()}
     return {name: name for name in names if not name.startswith("download") or name in downloads}
@@ -96,14 +103,14 @@ _ALL = (
         summary="Download the images to pretrain on, where they are not here already.",
         reads=(),  # only the names of the sources: see store.make_request
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="download_transfer",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=lambda settings: {},
-        in_child=True,
+        resumes=True,
         module="download",
         directory="download",
     ),
@@ -112,14 +119,14 @@ _ALL = (
         summary="Decode, crop and store the images to pretrain on.",
         reads=(),  # what it depends on is the content of the sources: see store.make_request
         needs=_needs_download("download", "pretrain"),
-        in_child=True,
+        resumes=True,
     ),
     Stage(
         name="prepare_transfer_data",
         summary="The same for the labelled images, where they come from elsewhere.",
         reads=(),
         needs=_needs_download("download_transfer", "transfer"),
-        in_child=True,
+        resumes=True,
         module="prepare_data",
         directory="prepare_data",
     ),
@@ -129,6 +136,7 @@ _ALL = (
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
         reads_where_set=(
             "data.leave_out_test_copies",
+            "pretrain.crop_scale",
             "pretrain.drop_path",
             "pretrain.image_size",
             "pretrain.pool",
@@ -140,23 +148,40 @@ _ALL = (
         ),
         needs=_needs_pretrain,
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
+    ),
+    Stage(
+        name="features",
+        summary="Take the features of every layer of the frozen backbone, and of a random one.",
+        reads=("seed", "hardware.precision", *_SPLITS),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
     ),
     Stage(
         name="linear_probe",
         summary="Train a linear head on the frozen backbone, and on a random one as control.",
         reads=("seed", "linear_probe", *_LABELLED),
-        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        needs=lambda settings: {
+            "start": "pretrain",
+            "features": "features",
+            "data": transfer_data(settings),
+        },
         version=2,
+    ),
+    Stage(
+        name="frozen_tokens",
+        summary="Compute once what the frozen blocks make of the labelled images, to fine-tune.",
+        # Nothing of the fine-tuning and no seed, so that both and all of theirs share it.
+        reads=("hardware.precision", "hardware.frozen_tokens", *_LABELLED),
+        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
     ),
     Stage(
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("finetune.drop_path", "finetune.layer_decay"),
-        needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
-        in_child=True,
+        reads_where_set=("finetune.crop_scale", "finetune.drop_path", "finetune.layer_decay"),
+        needs=_needs_finetune,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -164,9 +189,9 @@ _ALL = (
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("finetune.drop_path", "finetune.layer_decay"),
+        reads_where_set=("finetune.crop_scale", "finetune.drop_path", "finetune.layer_decay"),
         needs=_needs_finetune_2,
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -175,7 +200,7 @@ _ALL = (
         summary="Train all of the network, from the probed backbone.",
         reads=("seed", "finetune_all", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
-        in_child=True,
+        resumes=True,
         trains=True,
         module="finetune",
     ),
@@ -183,17 +208,17 @@ _ALL = (
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("from_scratch.drop_path",),
+        reads_where_set=("from_scratch.crop_scale", "from_scratch.drop_path"),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
-        in_child=True,
+        resumes=True,
         trains=True,
     ),
     Stage(
         name="feature_analysis",
         summary="Probe every layer, from the embedding to the last block.",
         reads=("seed", "feature_analysis", "linear_probe", *_LABELLED),
-        needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        needs=lambda settings: {"features": "features", "data": transfer_data(settings)},
         version=2,
     ),
     Stage(

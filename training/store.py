@@ -258,9 +258,10 @@ def _first_problem(directory: Path, result: StageResult) -> str:
         path = directory / name
         if not path.is_file():
             return f"{name} is gone"
-        if path.stat().st_size != record.size:
-            return f"{name} has {path.stat().st_size} bytes instead of {record.size}"
-        if sha256_of(path) != record.sha256:
+        status = path.stat()
+        if status.st_size != record.size:
+            return f"{name} has {status.st_size} bytes instead of {record.size}"
+        if status.st_mtime_ns != record.modified_ns and sha256_of(path) != record.sha256:
             return f"{name} is damaged: its sha256 is not the recorded one"
     if (directory / "manifest.json").is_file():  # prepared images: too large to hash every time
         return prepared.verify(directory, full=False) or ""

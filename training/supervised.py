@@ -1,21 +1,40 @@
 """Training a classifier on labelled images: fine-tuning and the from-scratch baseline."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ViTForImageClassification
 
-from data.loaders import Batch, Batches, eval_batches
-from data.splits import Subset
+from data.loaders import Batch, Batches, TokenBatches, eval_batches, token_eval_batches
+from data.tokens import Tokens
+from models.boundary import LastBlocks
 from models.drop_path import drop_paths
 from models.export import save_model
-from models.vit import to_device
 from training import loop
-from training.evaluation import Score, evaluate
+from training.evaluation import evaluate
+from training.hardware import keeps_images
 from training.images import LabelledImages
 from training.runner import StageContext, StageOutcome
 from training.settings import FinetuneAllSettings, FinetuneSettings, FromScratchSettings
+
+
+@dataclass(frozen=True)
+class FrozenTokens:
+    """What frozen blocks made of the images to train and to choose on.
+
+    Attributes:
+        blocks: How many blocks, counted from the head, there are above them.
+        train: Of the labelled images.
+        val: Of the validation images.
+    """
+
+    blocks: int
+    train: Tokens
+    val: Tokens
 
 
 def train_classifier(
@@ -23,30 +42,54 @@ def train_classifier(
     model: ViTForImageClassification,
     images: LabelledImages,
     section: Literal["finetune", "finetune_all", "from_scratch"],
+    tokens: FrozenTokens | None = None,
 ) -> StageOutcome:
     """Train what is trainable in `model`, keep the best epoch on val, score it on test once.
+
+    Where there are tokens, steps and choices are made from them, in the same order and with the
+    same labels; they differ from a pass through the whole network by their rounding to bfloat16.
+    The test score is always that of the whole network on images: of the model that is saved.
 
     Args:
         context: Of the stage; its directory receives checkpoints, metrics and `model/`.
         model: On the CPU; parameters that require a gradient are trained.
         images: Labelled images.
         section: Name of the recipe among the settings: epochs, batch size, rates, patience.
+        tokens: Of the same images; nothing below them may be trained.
     """
-    settings, hardware = context.settings, context.hardware()
+    settings = context.settings
     recipe: FinetuneSettings | FinetuneAllSettings | FromScratchSettings
     recipe = getattr(settings, section)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, is_trained in parameters if is_trained)
+    share = trained / sum(size for size, _ in parameters)
+    passes = (share if tokens else 1) + share * (loop.PASSES_PER_STEP - 1)
+    hardware = context.hardware(passes=recipe.epochs * len(images.train) * passes)
     device, side = hardware.torch_device, settings.model.image_size
-    drop_paths(to_device(model, device), recipe.drop_path)
-    batches = Batches(
-        images.train,
-        batch_size=recipe.batch_size,
-        side=side,
-        flip=recipe.flip,
-        seed=settings.seed,
-        device=device,
-    )
-
-    forward = hardware.for_training(model)
+    drop_paths(hardware.place(model), recipe.drop_path)
+    network: nn.Module
+    batches: Batches | TokenBatches
+    val_batches: Callable[[], Iterable[Batch]]
+    if tokens:
+        network = LastBlocks(model, tokens.blocks)
+        batches = TokenBatches(
+            tokens.train, batch_size=recipe.batch_size, seed=settings.seed, device=device
+        )
+        val_batches = partial(token_eval_batches, tokens.val, recipe.batch_size, device)
+    else:
+        network = model
+        batches = Batches(
+            images.train,
+            batch_size=recipe.batch_size,
+            side=side,
+            flip=recipe.flip,
+            seed=settings.seed,
+            device=device,
+            crop_scale=recipe.crop_scale,
+            keep_on_device=keeps_images(settings.hardware, device, images=images.train),
+        )
+        val_batches = partial(eval_batches, images.val, recipe.batch_size, side, device)
+    forward = hardware.for_training(network, cache=context.compile_cache)
 
     def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
@@ -54,16 +97,8 @@ def train_classifier(
             logits = forward(batch.images).logits
         return functional.cross_entropy(logits.float(), batch.labels)
 
-    def score(subset: Subset) -> Score:
-        return evaluate(
-            model,
-            eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device),
-            hardware=hardware,
-            stop=context.stop,
-        )
-
     def evaluate_on_val() -> dict[str, float]:
-        found = score(images.val)
+        found = evaluate(network, val_batches(), hardware=hardware, stop=context.stop)
         return {"val/loss": found.loss, "val/top1": found.accuracy}
 
     state = loop.train(
@@ -83,7 +118,12 @@ def train_classifier(
         ),
         seed=settings.seed,
     )
-    test = score(images.test)
+    test = evaluate(
+        model,
+        eval_batches(images.test, recipe.batch_size, side, device),
+        hardware=hardware,
+        stop=context.stop,
+    )
     save_model(
         model, context.directory / "model", image_size=side, prepared_size=settings.prepared_size
     )

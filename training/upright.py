@@ -16,10 +16,10 @@ from torch import Tensor
 from data.decode import UndecodableError, read_file
 from data.decoding_pool import decoding_pool
 from data.folder_source import list_images
+from data.processors import available_processors
 from data.rotation import NUM_ROTATIONS
 from data.upright_files import LossError, turn_by_encoding, turn_file
 from models.errors import ModelError
-from training.hardware import available_processors
 from training.new_folder import check_new, new_folder
 from training.prediction import Predictor
 from training.stage_files import FULL_DISK, OutputsError, full_disk_explained

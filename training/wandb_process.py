@@ -63,7 +63,8 @@ class Tracking:
         self._request = request
         self._process: subprocess.Popen[bytes] | None = None
         mode = mode or wandb_mode(request.settings.tracking)
-        if mode == "disabled" or request.stage.startswith(("download", "prepare")):
+        unscored = request.stage.startswith(("download", "prepare", "features", "frozen"))
+        if mode == "disabled" or unscored:
             return
         process, limit = str(os.getpid()), str(background_seconds)
         command = [*COMMAND, str(request.directory), mode, process, limit]

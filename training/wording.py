@@ -62,6 +62,11 @@ def scores_in_words(name: str, row: Mapping[str, Any]) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in row.get("counts", {}).items())
         skipped = row.get("skipped", 0)
         return f"{counts} images" + (f" ({skipped:,} skipped)" if skipped else "")
+    if name == "features":
+        return f"{row['layers']} layers of {row['images']:,} images, and of a random backbone"
+    if name == "frozen_tokens":
+        kept = f"of {row['images']:,} images, {_bytes(row['bytes'])}"
+        return kept if row["kept"] else f"{kept}: too large to keep"
     if name == "feature_analysis":
         best = max(row["layers"], key=lambda layer: float(layer["top1"]))
         return f"best at {best['name']}: top-1 {best['top1']:.2f}"

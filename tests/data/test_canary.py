@@ -1,7 +1,9 @@
 """Nothing on the way from the file to the network may tell which way up an image was."""
 
 import io
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from torch.nn import functional
 
-from data import jpeg
+from data import jpeg, transforms
 from data.canary import NoiseSource, marks, probe_rotation
 from data.decode import decode_square
 from data.drawn import draw
@@ -42,7 +45,12 @@ def rotated(batches: list[Batch]) -> Rotated:
 
 
 def accuracy_after_the_data_path(
-    directory: Path, *, stored: int = 36, crop: int = 32, pixel_format: PixelFormat = "raw"
+    directory: Path,
+    *,
+    stored: int = 36,
+    crop: int = 32,
+    pixel_format: PixelFormat = "raw",
+    crop_scale: float | None = None,
 ) -> float:
     """Noise files through preparation, training and test batches, and the rotation.
 
@@ -51,6 +59,8 @@ def accuracy_after_the_data_path(
         stored: Side of the prepared images, in pixels.
         crop: Side of what is cut out of them, in pixels.
         pixel_format: How they are stored.
+        crop_scale: Smallest part of their area in a resized crop, of test images too; none for
+            crops of that side.
     """
     source = NoiseSource(train=1000, test=2000, long_side_px=60, seed=0)
     prepare(
@@ -63,14 +73,57 @@ def accuracy_after_the_data_path(
     )
     prepared = PreparedData.open(directory)
     cpu = torch.device("cpu")
-    train = Batches(whole(prepared.train), batch_size=100, side=crop, flip=True, seed=0, device=cpu)
-    test = eval_batches(whole(prepared.test), batch_size=99, side=crop, device=cpu)
-    return probe_rotation(rotated(list(train.epoch(0))), rotated(list(test)))
+    batches = [
+        Batches(
+            whole(split),
+            batch_size=100,
+            side=crop,
+            flip=True,
+            seed=0,
+            device=cpu,
+            crop_scale=crop_scale,
+        )
+        for split in (prepared.train, prepared.test)
+    ]
+    train = list(batches[0].epoch(0))
+    if crop_scale is None:
+        test = list(eval_batches(whole(prepared.test), batch_size=99, side=crop, device=cpu))
+    else:  # a mark of the resizing would show in images that were resized so
+        test = list(batches[1].epoch(0))
+    return probe_rotation(rotated(train), rotated(test))
 
 
 @pytest.mark.slow
 def test_noise_comes_through_without_a_mark(tmp_path: Path) -> None:
     assert accuracy_after_the_data_path(tmp_path) == pytest.approx(CHANCE, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stored", "crop"), [(36, 32), (60, 24)])
+def test_noise_comes_through_resized_crops_without_a_mark(
+    tmp_path: Path, stored: int, crop: int
+) -> None:
+    """Mostly enlarged, and mostly shrunk."""
+    accuracy = accuracy_after_the_data_path(tmp_path, stored=stored, crop=crop, crop_scale=0.2)
+    assert accuracy == pytest.approx(CHANCE, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_crop_that_is_resized_along_one_axis_only_leaves_a_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transforms._resize_weights
+    calls = itertools.count()
+
+    def nearest_for_rows(starts: Any, sides: Any, size: int, side: int) -> torch.Tensor:
+        weights = original(starts, sides, size, side)
+        if next(calls) % 2 == 0:  # columns
+            return weights
+        return functional.one_hot(weights.argmax(dim=2), size).float()
+
+    monkeypatch.setattr(transforms, "_resize_weights", nearest_for_rows)
+    accuracy = accuracy_after_the_data_path(tmp_path, crop_scale=0.2)
+    assert accuracy > CHANCE + TOLERANCE
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, _imaging
 
 from data.decode import UndecodableError, decode_square
 from data.decoding_pool import pillow_warnings_ignored
@@ -199,3 +200,17 @@ def test_shrinking_rounds_once_and_treats_rows_and_columns_alike() -> None:
     for k in (1, 2, 3):
         turned = decode_square(Image.fromarray(np.rot90(noise, k).copy()), 16)
         np.testing.assert_array_equal(np.rot90(turned, -k), upright)
+
+
+def test_a_picture_in_several_blocks_of_memory_is_read_as_in_one() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected = decode_square(Image.fromarray(noise), 16)
+    before = _imaging.get_block_size()
+    _imaging.set_block_size(4096)  # as the environment variable PILLOW_BLOCK_SIZE does
+    try:
+        picture = Image.fromarray(noise)
+        with pytest.raises(ValueError, match="not contiguous"):
+            pyarrow.array(picture)
+        np.testing.assert_array_equal(decode_square(picture, 16), expected)
+    finally:
+        _imaging.set_block_size(before)

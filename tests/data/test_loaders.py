@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from data import loaders
 from data.loaders import Batches, epoch_order, eval_batches
 from data.prepared import PreparedData
 from data.records import DatasetError
@@ -26,6 +28,8 @@ def make_batches(
     side: int = 7,
     flip: bool = False,
     seed: int = 0,
+    crop_scale: float | None = None,
+    keep_on_device: bool = False,
     colour_jitter: float = 0.0,
     greyscale: float = 0.0,
 ) -> Batches:
@@ -36,6 +40,8 @@ def make_batches(
         flip=flip,
         seed=seed,
         device=CPU,
+        crop_scale=crop_scale,
+        keep_on_device=keep_on_device,
         colour_jitter=colour_jitter,
         greyscale=greyscale,
     )
@@ -88,8 +94,14 @@ def test_images_labels_and_ids_belong_together(subset: Subset) -> None:
         assert batch.labels.tolist() == [int(number) % 3 for number in batch.ids]
 
 
-def test_an_epoch_entered_in_the_middle_goes_on_the_same(subset: Subset) -> None:
-    batches = make_batches(subset, side=5, flip=True, seed=9)
+@pytest.mark.parametrize("crop_scale", [None, 0.3])
+@pytest.mark.parametrize("keep_on_device", [False, True])
+def test_an_epoch_entered_in_the_middle_goes_on_the_same(
+    subset: Subset, crop_scale: float | None, keep_on_device: bool
+) -> None:
+    batches = make_batches(
+        subset, side=5, flip=True, seed=9, crop_scale=crop_scale, keep_on_device=keep_on_device
+    )
     whole = list(batches.epoch(2))
     for start_step in range(4):
         rest = list(batches.epoch(2, start_step))
@@ -150,6 +162,81 @@ def test_colours_change_as_often_and_as_far_as_asked_for(subset: Subset) -> None
         assert factors.max() <= 1.55
         jittered += len(set(factors.round(3)))
     assert jittered > 60, "each image by factors of its own"
+
+
+def test_resized_crops_show_squares_of_every_area_from_everywhere(
+    make_prepared: MakePrepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subset = Subset(make_prepared(2000, side=64).train, np.arange(2000))
+    boxes: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = []
+
+    def note(
+        images: torch.Tensor,
+        tops: torch.Tensor,
+        lefts: torch.Tensor,
+        sides: torch.Tensor,
+        side: int,
+    ) -> torch.Tensor:
+        boxes.append(torch.stack([tops, lefts, sides]).numpy())
+        return images[:, :, :side, :side]
+
+    monkeypatch.setattr(loaders, "resized_crop", note)
+    list(make_batches(subset, batch_size=500, side=8, crop_scale=0.2).epoch(0))
+    tops, lefts, sides = np.concatenate(boxes, axis=1)
+    assert min(tops.min(), lefts.min()) >= 0
+    assert max((tops + sides).max(), (lefts + sides).max()) == 64
+    area = (sides / 64) ** 2
+    assert area.min() == pytest.approx(0.2, abs=0.02)
+    for values in (
+        (area - 0.2) / 0.8,
+        (tops + 0.5) / (65 - sides),
+        (lefts + 0.5) / (65 - sides),
+    ):
+        # A mean and a spread of uniform numbers from 0 to 1, within 4 standard errors and rounding.
+        assert values.mean() == pytest.approx(0.5, abs=0.03)
+        assert values.std() == pytest.approx(12**-0.5, abs=0.02)
+    assert abs(np.corrcoef(tops / (65 - sides), lefts / (65 - sides))[0, 1]) < 0.1
+
+
+def test_a_resized_crop_of_an_image_does_not_depend_on_the_batch(subset: Subset) -> None:
+    alone, together = (
+        {
+            int(number): image
+            for batch in make_batches(subset, batch_size=size, side=4, crop_scale=0.3).epoch(1)
+            for number, image in zip(batch.ids, batch.images, strict=True)
+        }
+        for size in (1, 17)
+    )
+    assert alone.keys() == together.keys()
+    for number, image in alone.items():
+        torch.testing.assert_close(image, together[number])
+
+
+def test_images_kept_on_the_device_make_the_same_batches_and_are_read_once(
+    subset: Subset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entered in the middle of an epoch, as a resume does, and with images left out each time."""
+    read: list[int] = []
+    original = Subset.gather
+
+    def counted(self: Subset, positions: Any) -> Any:
+        read.extend(positions.tolist())
+        return original(self, positions)
+
+    plain = make_batches(subset, batch_size=3, side=5, flip=True)
+    expected = [list(plain.epoch(epoch, 2 * (epoch == 0))) for epoch in range(4)]
+    monkeypatch.setattr(Subset, "gather", counted)
+    kept = make_batches(subset, batch_size=3, side=5, flip=True, keep_on_device=True)
+    reads = []
+    for epoch, batches in enumerate(expected):
+        for batch, other in zip(kept.epoch(epoch, 2 * (epoch == 0)), batches, strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert batch.ids.tolist() == other.ids.tolist()
+        reads.append(len(read))
+        read.clear()
+    assert reads[0] == 9, "three of five batches, each image once"
+    assert sum(reads[1:]) < 45, "batches of images that are there are not read"
+    assert reads[-1] <= 6, "at most a batch for each of the two images left out each time"
 
 
 def test_evaluation_shows_every_image_once_in_order_and_its_middle(subset: Subset) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -395,6 +396,22 @@ def test_torch_gets_its_threads_back(source: Any, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_numpy_has_one_thread_while_images_are_decoded(source: Any, tmp_path: Path) -> None:
+    seen: list[set[int]] = []
+
+    def blas_threads() -> set[int]:
+        pools = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
+        return {pool["num_threads"] for pool in pools}
+
+    def report(done: int, total: int) -> None:
+        seen.append(blas_threads())
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        prepare(source, tmp_path, side=5, report=report, workers=2)
+        assert seen[-1] == {1}
+        assert blas_threads() == {2}
 
 
 KILLED = """

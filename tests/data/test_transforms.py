@@ -15,6 +15,7 @@ from data.transforms import (
     make_grey,
     normalise,
     resize,
+    resized_crop,
 )
 
 
@@ -72,6 +73,40 @@ def test_crop_refuses_images_that_are_too_small() -> None:
     here = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"at least 6 x 6 px, got \(7, 5\)"):
         crop(torch.zeros(1, 3, 7, 5), here, here, side=6)
+
+
+@pytest.mark.parametrize("side", [4, 13, 31])
+def test_each_image_is_cropped_and_resized_as_if_it_were_alone(
+    rng: torch.Generator, side: int
+) -> None:
+    """Shrunk, as large as before, enlarged, the whole image, a single pixel."""
+    images = torch.rand(5, 3, 23, 23, generator=rng) * 2 - 1
+    boxes = [(0, 9, 11), (3, 0, 13), (10, 2, 5), (0, 0, 23), (22, 7, 1)]
+    tops, lefts, sides = torch.tensor(boxes).unbind(1)
+    cropped = resized_crop(images, tops, lefts, sides, side)
+    assert cropped.is_contiguous()
+    for row, (top, left, size) in enumerate(boxes):
+        alone = images[row : row + 1, :, top : top + size, left : left + size]
+        torch.testing.assert_close(cropped[row : row + 1], resize(alone, side))
+
+
+@pytest.mark.parametrize("side", [4, 13, 31])
+def test_a_resized_crop_leaves_no_mark_of_orientation(rng: torch.Generator, side: int) -> None:
+    images = torch.rand(3, 3, 23, 23, generator=rng)
+    tops, lefts = torch.tensor([0, 5, 9]), torch.tensor([1, 0, 3])
+    sides = torch.tensor([20, 18, 6])
+    first, last = images, resized_crop(images, tops, lefts, sides, side)
+    for _ in range(3):
+        first, last = (torch.rot90(each, 1, dims=(-2, -1)) for each in (first, last))
+        tops, lefts = 23 - lefts - sides, tops  # where the turn takes the squares
+        turned_first = resized_crop(first, tops, lefts, sides, side)
+        torch.testing.assert_close(turned_first, last, rtol=0, atol=1e-6)
+
+
+def test_resized_crop_refuses_bytes() -> None:
+    here = torch.ones(1, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"got torch\.uint8\. Call normalise before"):
+        resized_crop(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), here, here, here, 2)
 
 
 def test_flip_mirrors_left_and_right_of_the_chosen_images() -> None:

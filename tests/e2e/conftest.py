@@ -204,10 +204,12 @@ class Prefect:
 
     @staticmethod
     def engine_of(stage: psutil.Process) -> psutil.Process:
-        """The flow run's process."""
-        parent = stage.parent()
-        assert parent is not None
-        return parent
+        """The flow run's process: it has started the server that the stage is forked from."""
+        server = stage.parent()
+        assert server is not None
+        engine = server.parent()
+        assert engine is not None
+        return engine
 
     def engines(self) -> list[psutil.Process]:
         """The processes of flow runs that the worker has started."""

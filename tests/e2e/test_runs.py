@@ -22,6 +22,7 @@ pytestmark = END_TO_END
 STAGES = {
     "prepare_data",
     "pretrain",
+    "features",
     "linear_probe",
     "finetune_1",
     "finetune_2",

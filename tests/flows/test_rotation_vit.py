@@ -11,13 +11,17 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ParameterTypeError
 
 from flows.rotation_vit import TASKS, rotation_vit
+from tasks import stage_processes
 from training.configure import validate
 from training.settings import ConfigError, Settings, merge
 from training.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]
 
-NOT_NEEDED = {"download", "download_transfer", "prepare_transfer_data", "finetune_all"}
+NOT_NEEDED = {
+    *("download", "download_transfer", "prepare_transfer_data"),
+    *("frozen_tokens", "finetune_all"),
+}
 STAGE_NAMES = [name for name in STAGES if name not in NOT_NEEDED]
 
 
@@ -59,9 +63,10 @@ def test_the_first_run_computes_everything(outputs: Path, tiny_settings: Setting
     assert set(states_in_prefect().values()) == {"Completed"}
 
 
-def test_the_same_again_is_cached_in_every_stage_and_in_prefect(
-    outputs: Path, tiny_settings: Settings
+def test_the_same_again_is_cached_in_every_stage_and_in_prefect_and_starts_no_process(
+    outputs: Path, tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stage_processes, "_Server", None)
     results = rotation_vit(tiny_settings, outputs)
     assert statuses(results) == dict.fromkeys(STAGE_NAMES, "cached")
     assert states_in_prefect() == dict.fromkeys(STAGE_NAMES, "Cached")
@@ -107,7 +112,7 @@ def test_a_damaged_byte_computes_that_stage_again_and_says_why(
 
 def test_until_runs_a_stage_and_what_it_needs(outputs: Path, tiny_settings: Settings) -> None:
     results = rotation_vit(tiny_settings, outputs, until="linear-probe")
-    assert list(results["stages"]) == ["prepare_data", "pretrain", "linear_probe"]
+    assert list(results["stages"]) == ["prepare_data", "pretrain", "features", "linear_probe"]
 
 
 def test_refresh_computes_a_stage_from_the_beginning(
@@ -129,6 +134,7 @@ def test_another_transfer_source_is_prepared_by_a_stage_of_its_own(
         "prepare_data": "cached",
         "prepare_transfer_data": "computed",
         "pretrain": "cached",
+        "features": "computed",
         "linear_probe": "computed",
     }
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ def wait_for_child(run: subprocess.Popen[str]) -> psutil.Process:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for child in psutil.Process(run.pid).children(recursive=True):
-            if "training.pretrain" in child.cmdline():
-                directory = Path(child.cmdline()[child.cmdline().index("training.pretrain") + 1])
-                if (directory / "metrics.jsonl").exists():
-                    return child
+            with suppress(psutil.Error):  # another stage's process, which has just ended
+                words = child.cmdline()
+                if "training.pretrain" in words:
+                    directory = Path(words[words.index("training.pretrain") + 1])
+                    if (directory / "metrics.jsonl").exists():
+                        return child
         time.sleep(0.1)
     raise AssertionError("the training did not begin")

@@ -52,8 +52,8 @@ def test_the_key_of_a_secret_is_used_and_left_nowhere(
     settings = validate(merge(tiny_values, changes))
     rotation_vit(settings, tmp_path / "outputs", until="linear_probe")
     assert wandb.keys == {KEY}
-    assert wandb.run_of("pretrain").steps == list(range(1, 19)), "a child's"
-    assert wandb.run_of("linear_probe").exit_code == 0, "one in this process"
+    assert wandb.run_of("pretrain").steps == list(range(1, 19))
+    assert wandb.run_of("linear_probe").exit_code == 0
     assert "WANDB_API_KEY" not in os.environ
     hidden = [KEY, base64.b64encode(f"api:{KEY}".encode()).decode()]
     said = caplog.text + "".join(capfd.readouterr())

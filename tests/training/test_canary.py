@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import loaders
 from flows.cli import main
 from tests.data.standin_hub import StandInHub
 from training.canary import Reading, Verdict, check_path
@@ -69,18 +70,33 @@ def test_squashing_in_the_data_path_leaks(
     assert [reading.leaks for reading in squashed.readings if reading.chance == 0.5] == [True] * 2
 
 
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        ("flip", []),
+        ("resized_crop", ["pretrain.crop_scale=0.5"]),
+        ("jitter_colours", ["pretrain.colour_jitter=0.1"]),
+        ("make_grey", ["pretrain.greyscale=0.1"]),
+    ],
+)
 def test_what_happens_to_training_batches_only_is_found(
-    folder_of: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder_of: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    settings: list[str],
 ) -> None:
-    def darken_the_top(images: Any, mirrored: Any) -> Any:
-        images = images.clone()
-        images[:, :, :2] //= 2
+    original = getattr(loaders, step)
+
+    def darken_the_top(*arguments: Any) -> Any:
+        images = original(*arguments).clone()
+        images[:, :, :2] = images.amin()
         return images
 
-    monkeypatch.setattr("data.loaders.flip", darken_the_top)
+    monkeypatch.setattr(loaders, step, darken_the_top)
     leaks = {
         reading.batches: reading.leaks
-        for reading in check(folder_of("png", (40, 40)), tmp_path).readings
+        for reading in check(folder_of("png", (40, 40)), tmp_path, *settings).readings
         if reading.chance == 0.25
     }
     assert leaks == {"training": True, "evaluation": False}

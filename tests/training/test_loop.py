@@ -4,16 +4,20 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import rotation
+from data.loaders import Batch, Batches
 from data.randomness import derive_seed
-from training import checkpoint, evaluation, finetune, pretrain, stage_files, store
+from data.splits import Subset
+from training import checkpoint, evaluation, finetune, loop, pretrain, stage_files, store
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.configure import override, validate
@@ -120,6 +124,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "image_size": {"image_size": 8},
     "patches of larger images": {"image_size": 8, "patch_rotation": 1.0, "patch_gap": 1.0},
     "colours": {"colour_jitter": 0.4, "greyscale": 0.2},
+    "colours of resized crops": {"colour_jitter": 0.4, "crop_scale": 0.3},
     "ema": {"ema": 0.9},
     "ema of more than the model": {"ema": 0.9, "pool": "mean"},
 }
@@ -176,6 +181,127 @@ def test_all_options_together_resume_to_the_same_bytes(
     assert stops >= 1
     assert weights_sha256(cut) == weights_sha256(whole)
     assert checkpoint_bytes(cut).keys() >= {"step-00000012-evaluated/average.safetensors"}
+
+
+class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts, by optimiser step, the operations that make the host wait for numbers of a GPU."""
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense.default,  # item(), int(), bool(), `if tensor:`
+        torch.ops.aten.nonzero.default,  # also indexing by a mask
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.repeat_interleave.Tensor,
+        torch.ops.aten.equal.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.step = 1
+        self.counts: Counter[int] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.WAITING:
+            self.counts[self.step] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rotations": "random"},
+        {"crop_scale": 0.3},
+        {"accumulation_steps": 3},
+        {"clip_norm": None},
+        *RECIPES.values(),
+    ],
+)
+def test_the_host_waits_for_the_device_only_in_steps_that_are_logged(
+    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """One epoch of six steps, the fourth of which is logged; batches are made in it, too."""
+    request = request_of(
+        {
+            "pretrain": {"epochs": 1, "warmup_epochs": 0, **changes},
+            "tracking": {"log_every_steps": 4},
+            "hardware": {"data_on_device": True},
+        }
+    )
+    waits = HostWaits()
+    train_epoch, take_step = loop._Run._train_epoch, loop._Run._step
+
+    def watched_epoch(run: loop._Run) -> None:
+        with waits:
+            train_epoch(run)
+
+    def watched_step(run: loop._Run, batch: Batch) -> None:
+        take_step(run, batch)
+        waits.step += 1
+
+    monkeypatch.setattr(loop._Run, "_train_epoch", watched_epoch)
+    monkeypatch.setattr(loop._Run, "_step", watched_step)
+    run_stage(request, pretrain.compute)
+    assert waits.step == 7
+    assert list(waits.counts) == [4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, *RECIPES.values()])
+@pytest.mark.parametrize("data_on_device", [True, False])
+def test_no_step_waits_for_a_gpu_nor_for_a_copy_to_it(
+    request_of: RequestOf,
+    monkeypatch: pytest.MonkeyPatch,
+    data_on_device: bool,
+    options: dict[str, Any],
+) -> None:
+    request = request_of(
+        {
+            "pretrain": {"crop_scale": 0.3, "rotations": "random", **options},
+            "tracking": {"log_every_steps": 1000},
+            "hardware": {"device": "cuda", "data_on_device": data_on_device},
+        }
+    )
+    train_epoch = loop._Run._train_epoch
+
+    def strict(run: loop._Run) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_epoch(run)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop._Run, "_train_epoch", strict)
+    assert run_stage(request, pretrain.compute).status == "computed"
+
+
+@pytest.mark.parametrize(
+    "stage", ["pretrain", pytest.param("from_scratch", marks=pytest.mark.slow)]
+)
+def test_where_the_images_are_kept_changes_no_byte(
+    run_stages: RunStages,
+    tiny_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    kept: list[bool] = []
+    original = Batches.__init__
+
+    def note(self: Batches, subset: Subset, **named: Any) -> None:
+        kept.append(named["keep_on_device"])
+        original(self, subset, **named)
+
+    monkeypatch.setattr(Batches, "__init__", note)
+    sums = []
+    for wanted in ("off", "on"):
+        settings = override(tiny_settings, [f"hardware.data_on_device={wanted}"])
+        results = run_stages(settings, tmp_path / wanted, stage)
+        sums.append(results[stage].files)
+    assert kept == [False, True]
+    assert sums[0] == sums[1]
 
 
 @pytest.mark.parametrize("crashing", [1, 2, 3, 4])

@@ -52,6 +52,13 @@ def test_what_no_stage_of_the_plan_reads_is_not_held_against_it(
     preflight.check(validate(merge(tiny_values, changes)), tmp_path, until)
 
 
+def test_frozen_tokens_that_nothing_would_read_are_refused(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"frozen-tokens are .*; set finetune\.flip=false"):
+        preflight.check(tiny_settings, tmp_path, until="frozen-tokens")
+
+
 def test_an_empty_folder_is_refused(tiny_values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     changes = {"data": {"source": f"folder:{tmp_path / 'images'}"}}

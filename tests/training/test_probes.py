@@ -191,9 +191,9 @@ def test_an_epoch_is_cut_into_equal_batches(
     sizes = []
     product = torch.baddbmm
 
-    def spy(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        sizes.append(x.shape[1])
-        return product(bias, x, weight)
+    def spy(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        sizes.append(x.shape[2])
+        return product(bias, weight, x)
 
     monkeypatch.setattr(torch, "baddbmm", spy)
     features, labels = blobs(num_images, width=5, num_classes=3)

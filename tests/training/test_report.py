@@ -50,6 +50,7 @@ SCORES: dict[str, dict[str, Any]] = {
         "fingerprint": "fade" * 16,
     },
     "pretrain": {"rotation_accuracy": 0.7441, "correct": 2018, "total": 2712, "steps": 20},
+    "features": {"images": 13023, "layers": 3},
     "linear_probe": {
         "top1": 377 / 678,
         "correct": 377,
@@ -270,7 +271,7 @@ def test_facts_that_differ_between_stages_are_told_apart(results: dict[str, Stag
     results["pretrain"].environment["cpu"] = "Another one"
     cells = Page(report.render(results, SETTINGS)).cells
     (cell,) = [cell for cell in cells if "Another one (Pretrain)" in cell]
-    assert "A processor (Prepare data, Linear probe, " in cell
+    assert "A processor (Prepare data, Features, Linear probe, " in cell
     assert "2.15.0" in cells
 
 

@@ -76,6 +76,12 @@ def test_an_override_leaves_its_neighbours_alone() -> None:
         ("data.source=folder:/photos/of: cats", "folder:/photos/of: cats"),
         ("data.source=folder:/photos #2", "folder:/photos #2"),
         ("data.source='quoted'", "quoted"),
+        ("hardware.compile=auto", "auto"),
+        ("hardware.compile=on", True),
+        ("hardware.data_on_device=off", False),
+        ("hardware.compile=false", False),
+        ("pretrain.crop_scale=none", None),
+        ("pretrain.crop_scale=1", 1.0),
         ("data.source=parquet:data/*.parquet", "parquet:data/*.parquet"),
     ],
 )
@@ -102,6 +108,9 @@ def test_values_are_read_as_people_write_them(text: str, value: object) -> None:
         ("model.dropout=1", "model.dropout must be less than 1, got 1"),
         ("seed=-1", "seed must be greater than or equal to 0, got -1"),
         ("hardware.device=gpu", "hardware.device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ("hardware.compile=maybe", "hardware.compile must be 'auto', True or False, got 'maybe'"),
+        ("pretrain.crop_scale=0", "pretrain.crop_scale must be greater than 0, got 0"),
+        ("finetune.crop_scale=1.1", "finetune.crop_scale must be less than or equal to 1"),
         ("linear_probe.lrs=[]", "linear_probe.lrs"),
         ("model=3", "model is a group of settings, not one; got 3"),
         ("model=none", "model is a group of settings, not one; got None"),
@@ -130,6 +139,18 @@ def test_a_width_that_heads_do_not_share_evenly_is_refused_with_one_that_works()
     assert "model.embed_dim must be a multiple of model.num_heads, got 100 and 3." in found
     assert "Try model.embed_dim=99." in found
     build_settings(overrides=["model.embed_dim=99", "model.num_heads=3"])
+
+
+def test_frozen_tokens_of_images_that_change_are_refused_with_what_to_set() -> None:
+    found = message("hardware.frozen_tokens=always", "preset=imagenette", "finetune.flip=false")
+    assert "hardware.frozen_tokens=always needs images that are the same in every epoch" in found
+    assert "finetune.crop_scale=none and data.crop_margin=0.125" in found
+    build_settings(
+        overrides=[
+            *("preset=imagenette", "hardware.frozen_tokens=always"),
+            *("finetune.flip=false", "data.crop_margin=0"),
+        ]
+    )
 
 
 def test_an_absurd_size_is_refused_like_any_other() -> None:

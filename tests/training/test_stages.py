@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from training.configure import build_settings, setting_names
+from training.presets import PRESETS
 from training.settings import ConfigError, Settings
 from training.stages import STAGES, plan, stage_named, transfer_data
 
@@ -15,6 +16,8 @@ APART = build_settings("drawn", overrides=["transfer.source=folder:flowers"])
 """Labelled images from elsewhere."""
 REMOTE = build_settings("imagenet")
 """The same, and all of them must be downloaded."""
+STILL = build_settings("imagenet", overrides=["finetune.flip=false"])
+"""The same, and to fine-tune an image is the same in every epoch."""
 
 
 def names(settings: Settings, until: str | None = None) -> list[str]:
@@ -23,13 +26,17 @@ def names(settings: Settings, until: str | None = None) -> list[str]:
 
 def test_a_whole_run_has_every_stage_once() -> None:
     usual = [name for name in STAGES if name != "finetune_all"]
-    assert names(REMOTE) == usual
-    local = [name for name in usual if not name.startswith("download")]
+    assert names(STILL) == usual
+    augmented = [name for name in usual if name != "frozen_tokens"]
+    assert names(REMOTE) == augmented
+    local = [name for name in augmented if not name.startswith("download")]
     assert names(APART) == local
     assert names(SHARED) == [name for name in local if name != "prepare_transfer_data"]
 
 
-@pytest.mark.parametrize("settings", [SHARED, APART, REMOTE], ids=["shared", "apart", "remote"])
+@pytest.mark.parametrize(
+    "settings", [SHARED, APART, REMOTE, STILL], ids=["shared", "apart", "remote", "still"]
+)
 def test_stages_come_after_what_they_need(settings: Settings) -> None:
     graph = {
         stage.name: set(stage.needs(settings).values()) & set(names(settings))
@@ -48,13 +55,20 @@ def test_stages_come_after_what_they_need(settings: Settings) -> None:
         ("pretrain", ["prepare_data", "pretrain"], ["prepare_data", "pretrain"]),
         (
             "linear_probe",
-            ["prepare_data", "pretrain", "linear_probe"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "linear_probe"],
+            ["prepare_data", "pretrain", "features", "linear_probe"],
+            ["prepare_data", "prepare_transfer_data", "pretrain", "features", "linear_probe"],
         ),
         (
             "finetune_2",
-            ["prepare_data", "pretrain", "linear_probe", "finetune_2"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "linear_probe", "finetune_2"],
+            ["prepare_data", "pretrain", "features", "linear_probe", "finetune_2"],
+            [
+                "prepare_data",
+                "prepare_transfer_data",
+                "pretrain",
+                "features",
+                "linear_probe",
+                "finetune_2",
+            ],
         ),
         (
             "from_scratch",
@@ -63,8 +77,8 @@ def test_stages_come_after_what_they_need(settings: Settings) -> None:
         ),
         (
             "feature_analysis",
-            ["prepare_data", "pretrain", "feature_analysis"],
-            ["prepare_data", "prepare_transfer_data", "pretrain", "feature_analysis"],
+            ["prepare_data", "pretrain", "features", "feature_analysis"],
+            ["prepare_data", "prepare_transfer_data", "pretrain", "features", "feature_analysis"],
         ),
     ],
 )
@@ -76,11 +90,13 @@ def test_a_run_until_a_stage_has_that_stage_and_what_it_needs(
 
 
 def test_all_is_fine_tuned_where_it_is_asked_for() -> None:
-    third = build_settings("imagenet", overrides=["transfer.finetune_all=true"])
+    wanted = ["transfer.finetune_all=true", "finetune.flip=false", "finetune_all.flip=false"]
+    third = build_settings("imagenet", overrides=wanted)
     assert names(third) == list(STAGES)
+    assert "tokens" not in STAGES["finetune_all"].needs(third), "it has no frozen blocks"
     assert STAGES["report"].needs(third)["finetune_all"] == "finetune_all"
     assert names(SHARED, "finetune-all") == [
-        *("prepare_data", "pretrain", "linear_probe", "finetune_all"),
+        *("prepare_data", "pretrain", "features", "linear_probe", "finetune_all"),
     ]
 
 
@@ -89,6 +105,36 @@ def test_fine_tuning_twice_starts_from_the_probe_unless_told_to_go_on() -> None:
     assert STAGES["finetune_2"].needs(SHARED)["start"] == "linear_probe"
     assert STAGES["finetune_2"].needs(goes_on)["start"] == "finetune_1"
     assert "finetune_1" in names(goes_on, "finetune_2")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_fine_tune_on_images_as_before_there_were_frozen_tokens(preset: str) -> None:
+    """Their results of that time stay valid: the keys are made of the same."""
+    settings = build_settings(preset)
+    assert "frozen_tokens" not in names(settings)
+    for name in ("finetune_1", "finetune_2"):
+        assert set(STAGES[name].needs(settings)) == {"start", "data"}
+        assert not [read for read in STAGES[name].reads if read.startswith("hardware.frozen")]
+
+
+@pytest.mark.parametrize(
+    ("change", "used"),
+    [
+        ("finetune.flip=false", True),
+        ("hardware.frozen_tokens=always", True),
+        ("hardware.frozen_tokens=never", False),
+        ("finetune.flip=true", False),
+        ("data.crop_margin=0.1", False),
+        ("data.crop_margin=0.001", True),  # of 160 px, less than one
+        ("pretrain.flip=false", True),
+    ],
+)
+def test_frozen_tokens_are_used_where_images_stay_the_same(change: str, used: bool) -> None:
+    settings = build_settings("imagenet", overrides=["finetune.flip=false", change])
+    for name in ("finetune_1", "finetune_2"):
+        assert (STAGES[name].needs(settings).get("tokens") == "frozen_tokens") == used
+        assert ("frozen_tokens" in names(settings, name)) == used
+    assert "frozen_tokens" not in names(settings, "from_scratch")
 
 
 def test_from_scratch_does_not_depend_on_pretraining() -> None:
@@ -130,7 +176,7 @@ def test_labelled_images_are_prepared_apart_only_if_they_come_from_elsewhere() -
 
 
 def test_the_report_reads_every_other_stage_of_the_run() -> None:
-    for settings in (SHARED, APART, REMOTE):
+    for settings in (SHARED, APART, REMOTE, STILL):
         needed = STAGES["report"].needs(settings)
         assert sorted(needed.values()) == sorted(set(names(settings)) - {"report"})
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from training import store
-from training.configure import validate
+from training.configure import override, validate
 from training.runner import Compute, StageContext, StageOutcome, run_stage
 from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS, OutputsError
@@ -28,8 +28,11 @@ def test_the_key_changes_with_every_setting_that_can_change_the_result(
         {"data": {"val_fraction": 0.3}},
         {"data": {"split_seed": 9}},
         {"pretrain": {"accumulation_steps": 3}},
+        {"pretrain": {"crop_scale": 0.3}},
+        {"pretrain": {"crop_scale": 1}},
         {"hardware": {"precision": "bfloat16"}},
         {"hardware": {"compile": True}},
+        {"hardware": {"compile": False}},
     ]
     keys = {request_pretrain(change).key for change in changes}
     assert len(keys) == len(changes)
@@ -44,9 +47,23 @@ def test_the_key_ignores_what_cannot_change_the_result(request_pretrain: Request
         {"tracking": {"log_every_steps": 3, "wandb": "offline"}},
         {"finetune": {"epochs": 50}},
         {"transfer": {"labels": 12}},
-        {"hardware": {"threads": 2}},
+        {"hardware": {"threads": 2, "data_on_device": True}},
+        {"pretrain": {"crop_scale": None}},
+        {"finetune": {"crop_scale": 0.3}},
     ):
         assert request_pretrain(change).key == unchanged, change
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_1", "finetune_2", "from_scratch"])
+def test_a_setting_that_came_later_is_no_part_of_a_key_until_it_is_set(
+    tiny_settings: Settings, stage: str
+) -> None:
+    """So that results from before it came are found."""
+    section = stage.partition("_1")[0].partition("_2")[0]
+    name = f"{section}.crop_scale"
+    assert name not in store._values_read(STAGES[stage], tiny_settings)
+    changed = override(tiny_settings, [f"{name}=0.5"])
+    assert store._values_read(STAGES[stage], changed)[name] == 0.5
 
 
 def test_a_result_that_verifies_is_cached_and_not_computed_again(
@@ -111,14 +128,14 @@ def test_checkpoints_without_a_result_are_partial_at_the_newest_step(
 def test_a_result_built_on_a_replaced_input_is_missing(
     made: Made, compute: Compute, tmp_path: Path, tiny_settings: Settings
 ) -> None:
-    def probe_on(backbone_digest: str) -> StageRequest:
+    def features_of(backbone_digest: str) -> StageRequest:
         results = {
             "prepare_data": made("prepare_data", tmp_path),
             "pretrain": made("pretrain", tmp_path, digest=backbone_digest),
         }
-        return store.make_request(STAGES["linear_probe"], tiny_settings, tmp_path, results)
+        return store.make_request(STAGES["features"], tiny_settings, tmp_path, results)
 
-    first, second = probe_on("old"), probe_on("new")
+    first, second = features_of("old"), features_of("new")
     assert first.key == second.key, "a backbone's bytes are checked, not part of the key"
     run_stage(first, compute)
     (first.directory / CHECKPOINTS / "step-00000001").mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from data.loaders import eval_batches
 from models.export import load_model, read_prepared_size
 from models.resolution import at_image_size
-from training import finetune, linear_probe, stage_files, store
+from training import finetune, stage_files, store
 from training.configure import validate
 from training.evaluation import evaluate
 from training.hardware import Hardware
@@ -249,19 +249,6 @@ def test_two_probes_of_the_same_backbone_are_the_same(
         for name in ("a", "b")
     ]
     assert found[0].digest == found[1].digest
-
-
-def test_the_probe_scores_the_random_backbone_too(
-    pretrained: dict[str, StageResult], tiny_settings: Settings, tmp_path: Path
-) -> None:
-    """The control is the network as pretraining found it, probed the same way."""
-    request = store.read_config(pretrained["linear_probe"].directory)
-    context = StageContext(request, StopRequest())
-    images = open_labelled(pretrained["prepare_data"].directory, tiny_settings)
-    random_model = build_model(context)
-    control = linear_probe._probe(random_model, images, context, CPU)
-    scores = pretrained["linear_probe"].scores
-    assert scores["random_backbone_top1"] == pytest.approx(control.correct / control.total)
 
 
 def test_requests_name_what_they_build_on(

@@ -71,3 +71,10 @@ def test_a_download_is_said_with_images_and_size() -> None:
     small = {"counts": {"train": 8}, "bytes": 131_400}
     assert scores_in_words("download_transfer", small) == "8 train images, 131 kB"
     assert scores_in_words("download", {"counts": {}, "bytes": 0}) == "nothing to download"
+
+
+def test_frozen_tokens_are_said_with_their_size_and_whether_they_are_kept() -> None:
+    row = {"kept": True, "images": 9469, "bytes": 1_958_643_712}
+    assert scores_in_words("frozen_tokens", row) == "of 9,469 images, 1,959 MB"
+    row["kept"] = False
+    assert scores_in_words("frozen_tokens", row) == "of 9,469 images, 1,959 MB: too large to keep"
