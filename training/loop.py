@@ -28,9 +28,9 @@ from training.checkpoint_writer import CheckpointWriter
 from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
 from training.metrics_file import MetricsFile
+from training.recipes import RecipeSettings
 from training.resumes import note_start
 from training.runner import StageContext
-from training.settings import RecipeSettings
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped

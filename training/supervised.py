@@ -18,8 +18,8 @@ from training import loop
 from training.evaluation import evaluate
 from training.hardware import keeps_images
 from training.images import LabelledImages
+from training.recipes import FinetuneAllSettings, FinetuneSettings, FromScratchSettings
 from training.runner import StageContext, StageOutcome
-from training.settings import FinetuneAllSettings, FinetuneSettings, FromScratchSettings
 
 
 @dataclass(frozen=True)
