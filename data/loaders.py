@@ -17,7 +17,7 @@ from data.reading import Resident, read_ahead, send
 from data.records import DatasetError
 from data.splits import Subset
 from data.tokens import Tokens
-from data.transforms import crop, flip, normalise, resized_crop
+from data.transforms import crop, flip, jitter_colours, make_grey, normalise, resized_crop
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ class Batches:
         device: torch.device,
         crop_scale: float | None = None,
         keep_on_device: bool = False,
+        colour_jitter: float = 0.0,
+        greyscale: float = 0.0,
     ) -> None:
         """Check that batches can be made.
 
@@ -79,10 +81,13 @@ class Batches:
             side: Side of the crop, in pixels: at a random place if the prepared images are
                 larger.
             flip: Mirror each image with probability one half.
-            seed: Base seed of order, crops and mirroring.
+            seed: Base seed of order, crops, mirroring and colours.
             device: Where the batches go; bytes are sent there and expanded there.
             crop_scale: Smallest part of the prepared image's area, in (0, 1], that a crop of random
                 place and size takes, which is then resized to `side`; none for crops of `side`.
+            colour_jitter: Brightness, contrast and saturation of each image are multiplied by
+                factors between 1 minus this and 1 plus this; in [0, 1].
+            greyscale: Probability in [0, 1] with which an image loses its colours.
             keep_on_device: Whether images stay on the device once they were there, so that they
                 are read from the host in the first epoch only. The batches are the same.
 
@@ -94,6 +99,7 @@ class Batches:
         self._subset, self._batch_size, self._side = subset, batch_size, side
         self._flip, self._seed, self._device = flip, seed, device
         self._crop_scale = crop_scale
+        self._colour_jitter, self._greyscale = colour_jitter, greyscale
         self._resident = Resident(subset, device) if keep_on_device else None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -123,13 +129,26 @@ class Batches:
         if self._flip:
             mirrored = uniform(self._seed, epoch, ids, "flip") < 0.5
             pixels = flip(pixels, send(mirrored, self._device))
-        images = normalise(pixels)
+        images = normalise(self._recolour(pixels, ids, epoch))
         if self._crop_scale is not None:
             area = 1 - (1 - self._crop_scale) * uniform(self._seed, epoch, ids, "crop scale")
             sides = (size * np.sqrt(area)).round().clip(1).astype(np.int64)
             tops, lefts = self._places(size - sides, ids, epoch)
             images = resized_crop(images, tops, lefts, send(sides, self._device), self._side)
         return images
+
+    def _recolour(self, pixels: Tensor, ids: NDArray[np.int64], epoch: int) -> Tensor:
+        """Return `(B, 3, P, P)`, uint8, from the same."""
+        if self._colour_jitter:
+            factors = (
+                1 + self._colour_jitter * (2 * uniform(self._seed, epoch, ids, stream) - 1)
+                for stream in ("brightness", "contrast", "saturation")
+            )
+            pixels = jitter_colours(pixels, *(send(each, self._device) for each in factors))
+        if self._greyscale:
+            chosen = uniform(self._seed, epoch, ids, "greyscale") < self._greyscale
+            pixels = make_grey(pixels, send(chosen, self._device))
+        return pixels
 
     def _places(
         self, spare: int | NDArray[np.int64], ids: NDArray[np.int64], epoch: int

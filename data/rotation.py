@@ -6,6 +6,8 @@ Dimension key: B = images in the batch, C = channels, S = image side in pixels.
 import torch
 from torch import Tensor
 
+from data.transforms import resize
+
 NUM_ROTATIONS = 4
 """Label k stands for k x 90 degrees, counter-clockwise: 0, 90, 180, 270."""
 
@@ -68,6 +70,46 @@ def rotate_each(images: Tensor, quarter_turns: Tensor) -> Tensor:
     for k in range(1, NUM_ROTATIONS):
         turned = torch.where(chosen == k, torch.rot90(images, k, dims=(-2, -1)), turned)
     return turned
+
+
+def turn_patches(images: Tensor, quarter_turns: Tensor, *, patch_size: int, gap: int) -> Tensor:
+    """Return images whose patches are turned, each by its own number of quarter turns.
+
+    Around every patch a border is dropped, half a gap wide, so that nothing goes on from a patch to
+    the next: edges that no longer meet would tell the turn of a patch without a look at what is in
+    it (the buffer of PatchRot). The images are resized for it where need be; patches lie in
+    the middle of their cells, so that resizing has marked all turns alike.
+
+    Args:
+        images: Batch of square images, `(B, C, F, F)`, floating point, of any side F.
+        quarter_turns: `(B, n, n)`, integers in `[0, 4)`, on the device of `images`: of the patches
+            in n rows and columns.
+        patch_size: Side of a patch in the result, in pixels.
+        gap: What is dropped between two patches, in pixels; even.
+
+    Returns:
+        `(B, C, n * patch_size, n * patch_size)`.
+
+    Raises:
+        ValueError: If `images` is not 4-D or not square, or `gap` is odd or negative.
+
+    References:
+        Chhabra et al., "PatchRot", 2022, https://arxiv.org/abs/2210.15722
+    """
+    _check_square(images, "turn_patches")
+    if gap < 0 or gap % 2:
+        raise ValueError(f"gap must be even and not negative, got {gap}.")
+    count, cell = quarter_turns.shape[-1], patch_size + gap
+    if images.shape[-1] != count * cell:
+        images = resize(images, count * cell)
+    inside = slice(gap // 2, gap // 2 + patch_size)
+    batch, channels = images.shape[:2]
+    cells = images.reshape(batch, channels, count, cell, count, cell)
+    patches = cells[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5)
+    turned = rotate_each(patches.flatten(0, 2), quarter_turns.flatten())
+    in_places = turned.view(batch, count, count, channels, patch_size, patch_size)
+    side = count * patch_size
+    return in_places.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, side, side)
 
 
 def _check_square(images: Tensor, function: str) -> None:

@@ -1,4 +1,4 @@
-"""Crops, resize, flip and normalisation that leave no mark of orientation.
+"""Crops, resize, flip, colours and normalisation that leave no mark of orientation.
 
 Dimension key: B = images in the batch, C = channels, H, W = height and width, S = square side,
 P = square side before a crop, all in pixels.
@@ -18,6 +18,9 @@ MEAN = (0.5, 0.5, 0.5)
 
 STD = (0.5, 0.5, 0.5)
 """Divided by per channel, on a scale of [0, 1]."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Share of red, green and blue in what is seen as brightness (ITU-R BT.601)."""
 
 ImageOrArray = TypeVar("ImageOrArray", Image.Image, NDArray[np.uint8])
 
@@ -165,6 +168,60 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+def jitter_colours(
+    images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
+) -> Tensor:
+    """Change brightness, contrast and saturation of each image, in this order, by its own factors.
+
+    Every pixel is changed by itself (contrast by the image's mean grey besides), so nothing marks
+    which way up the image is.
+
+    Args:
+        images: `(B, 3, H, W)`, uint8.
+        brightness: `(B,)`, float, not negative: what all values are multiplied by.
+        contrast: The same for distances from the mean grey of the image.
+        saturation: The same for distances from the pixel's own grey; 0 takes all colour.
+
+    Returns:
+        `(B, 3, H, W)`, uint8, on the device of `images`.
+
+    References:
+        Howard, "Some Improvements on Deep Convolutional Neural Network Based Image
+        Classification", 2013, https://arxiv.org/abs/1312.5402
+    """
+    # Whole numbers are added up: the same sum in whatever order, on any device.
+    sums = images.sum(dim=(2, 3), dtype=torch.int64)
+    mean = _each(grey(sums[:, :, None, None]).flatten() / images[0, 0].numel() * brightness)
+    colours = images.float() * _each(brightness)
+    colours = mean + (colours - mean) * _each(contrast)
+    own = grey(colours)
+    colours = own + (colours - own) * _each(saturation)
+    return colours.round().clamp(0, 255).to(torch.uint8)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return the luma of images (ITU-R BT.601, as Pillow's mode L), `(B, 1, H, W)`, float."""
+    return (images.float() * _luma(images.device)).sum(dim=1, keepdim=True)
+
+
+def make_grey(images: Tensor, chosen: Tensor) -> Tensor:
+    """Take the colour from some of the images.
+
+    Args:
+        images: `(B, 3, H, W)`, uint8.
+        chosen: `(B,)`, bool, which ones.
+
+    Returns:
+        `(B, 3, H, W)`, uint8, on the device of `images`.
+    """
+    without = grey(images).round().to(torch.uint8).expand_as(images)
+    return torch.where(chosen.view(-1, 1, 1, 1), without, images)
+
+
+def _each(factors: Tensor) -> Tensor:
+    return factors.float().view(-1, 1, 1, 1)
+
+
 def normalise(images: Tensor) -> Tensor:
     """Turn bytes into the numbers that the network reads.
 
@@ -181,6 +238,12 @@ def normalise(images: Tensor) -> Tensor:
         raise TypeError(f"normalise needs uint8 images in [0, 255], got {images.dtype}.")
     mean, std = _mean_and_std(images.device)
     return ((images.float() / 255 - mean) / std).contiguous()
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    """Return the shares as `(3, 1, 1)`, float32; kept as `_mean_and_std` are."""
+    return torch.tensor(LUMA, device=device, dtype=torch.float32).view(3, 1, 1)
 
 
 @cache

@@ -228,6 +228,66 @@ def status(
 
 
 @app.command()
+def canary(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    seed: SeedOption = None,
+    seeds: SeedsOption = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", metavar="SOURCE", help="Short for --set data.source=SOURCE."),
+    ] = None,
+    images: Annotated[
+        int,
+        typer.Option("--images", metavar="N", help="Noise images; more find fainter marks."),
+    ] = 3000,
+) -> None:
+    """Say whether your files and the data path give the rotation away.
+
+    Noise in files like yours (sizes, JPEG tables, EXIF) goes the whole way to the network. The exit
+    status is 0 if a classifier cannot tell which way up it was, and 1 if it can.
+    """
+    given = [*(overrides or ()), *([f"data.source={source}"] if source is not None else [])]
+    settings = _settings(preset, config, given, seed, seeds)
+    outputs = outputs.expanduser().resolve()
+    downloads = None
+    if settings.remote_sources("pretrain"):
+        _run(settings, outputs, until="download", refresh=())
+        from training import store
+
+        downloads = store.make_request(STAGES["download"], settings, outputs, {}).directory
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from data.specs import without_secrets
+    from flows import display
+    from training.canary import check_path
+    from training.preflight import check_outputs
+
+    check_outputs(outputs)
+    with Progress(
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    ) as bars:
+        bar = bars.add_task("noise", total=None)
+        verdict = check_path(
+            settings,
+            images=images,
+            workplace=outputs,
+            downloads=downloads,
+            report=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    Console().print(display.canary_table(verdict.readings))
+    typer.echo(
+        f"Noise in the form of files of {without_secrets(settings.data.source)}: {verdict.files}."
+    )
+    typer.echo(verdict.in_words())
+    if verdict.leaks:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def presets() -> None:
     """List the presets."""
     from rich.console import Console

@@ -30,6 +30,7 @@ from training.wording import (
 )
 
 if TYPE_CHECKING:
+    from training.canary import Reading
     from training.upright import Photo
 
 LOGGERS = ("flows", "tasks", "training", "models", "data")
@@ -81,6 +82,21 @@ def presets_table(presets: Mapping[str, Preset]) -> Table:
     table = _table("preset", "what, and what it needs")
     for name, preset in presets.items():
         table.add_row(name, Text.assemble(preset.summary, "\n", (preset.needs, "dim")))
+    return table
+
+
+def canary_table(readings: "Sequence[Reading]") -> Table:
+    """Return the table of `rotvit canary`."""
+    table = _table("batches", "told apart", "right", "99.9 % interval", "chance")
+    for reading in readings:
+        low, high = reading.interval
+        table.add_row(
+            reading.batches,
+            reading.question,
+            Text(f"{reading.share:.3f}", "red" if reading.leaks else ""),
+            f"{low:.3f} – {high:.3f}",
+            f"{reading.chance:.2f}",
+        )
     return table
 
 

@@ -51,7 +51,7 @@ def predict(
     """Say what photos show, or which way up they are.
 
     The photos are decoded, cropped and shrunk as in evaluation. Of a run the model that was best
-    on val is taken (linear-probe, finetune-1 or finetune-2); --stage pretrain asks which way up.
+    on val is taken (linear-probe or one of finetune-*); --stage pretrain asks which way up.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see training/hardware.py
     from training.finished_models import find_model
@@ -166,7 +166,7 @@ def export(
 ) -> None:
     """Write a model for use elsewhere.
 
-    Of a run the model that was best on val is taken (linear-probe, finetune-1 or finetune-2).
+    Of a run the model that was best on val is taken (linear-probe or one of finetune-*).
     """
     from training.finished_models import find_model
     from training.settings import ConfigError
@@ -206,7 +206,7 @@ def publish(
 ) -> None:
     """Publish a model on the Hugging Face Hub, with card and results.
 
-    The model that was best on val is taken (linear-probe, finetune-1 or finetune-2), or that of
+    The model that was best on val is taken (linear-probe or one of finetune-*), or that of
     pretrain where there is no other; --stage chooses. It is one commit, so all arrives or nothing.
     """
     from training.finished_models import find_run

@@ -51,6 +51,7 @@ TASKS: dict[str, StageTask] = {
     "frozen_tokens": frozen_tokens,
     "finetune_1": finetune.with_options(name="finetune-1"),
     "finetune_2": finetune.with_options(name="finetune-2"),
+    "finetune_all": finetune.with_options(name="finetune-all"),
     "from_scratch": from_scratch,
     "feature_analysis": feature_analysis,
     "label_efficiency": label_efficiency,

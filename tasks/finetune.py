@@ -6,5 +6,5 @@ from training.store import StageRequest, StageResult
 
 @stage_task()
 def finetune(request: StageRequest) -> StageResult:
-    """Fine-tune head and last blocks; a retry goes on from the newest checkpoint."""
+    """Fine-tune head and last blocks, or all; a retry goes on from the newest checkpoint."""
     return compute(request)

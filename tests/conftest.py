@@ -93,6 +93,7 @@ def tiny_run(tiny_folder: Path) -> dict[str, Any]:
         "transfer": {"labels": 30},
         "linear_probe": {"epochs": 5, "lrs": [0.01, 0.1], "weight_decays": [0.0]},
         "finetune": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
+        "finetune_all": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
         "from_scratch": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
         "feature_analysis": {"knn_ks": [1, 3]},
         "hardware": {"device": "cpu", "threads": 1},

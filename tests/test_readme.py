@@ -58,8 +58,9 @@ def test_linked_headings_are_there() -> None:
 @pytest.mark.parametrize("command", sorted({a or b for a, b in COMMANDS}))
 def test_every_command_and_setting_exists(command: str) -> None:
     words = shlex.split(command, comments=True)
-    known = {"run", "status", "presets", "config", "predict", "upright", "export", "publish"} | {
-        name.replace("_", "-") for name in STAGES
+    known = {"run", "status", "presets", "config", "canary", "predict", "upright", "export"} | {
+        "publish",
+        *(name.replace("_", "-") for name in STAGES),
     }
     assert words[1] in known
     for option, value in itertools.pairwise(words[2:]):

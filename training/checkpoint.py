@@ -39,7 +39,8 @@ class Snapshot:
     Attributes:
         step: Optimiser steps taken.
         evaluated: Whether the epoch that ends with this step has been evaluated.
-        tensors: Groups (`model`, `optimizer`, `best`) of tensors by name; on the CPU once loaded.
+        tensors: Groups (`model`, `optimizer`, `best`, `average`) of tensors by name; on the CPU
+            once loaded.
         state: Plain values besides.
     """
 

@@ -14,7 +14,7 @@ from models.errors import ModelError
 from training.stage_files import MODEL
 from training.stages import stage_named
 
-ON_CLASSES = ("linear_probe", "finetune_1", "finetune_2")
+ON_CLASSES = ("linear_probe", "finetune_1", "finetune_2", "finetune_all")
 """Stages with a model for classes that began with the pretraining; of equals the last is taken."""
 
 WITH_MODELS = ("pretrain", *ON_CLASSES, "from_scratch")

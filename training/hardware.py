@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import threadpoolctl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import ViTForImageClassification
 
 from data.processors import available_processors
@@ -83,7 +83,7 @@ class Hardware:
         choose_attention(model, written_out=on_processor and tokens <= MOST_TOKENS_WRITTEN_OUT)
         return model
 
-    def for_training(self, model: nn.Module, *, cache: Path) -> Callable[[Tensor], Any]:
+    def for_training(self, model: nn.Module, *, cache: Path) -> Callable[..., Any]:
         """Return what calls the model in a training step: compiled, or the model itself.
 
         The model's weights and their names stay what they are.

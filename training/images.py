@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from data.duplicates import has_copy
 from data.prepared import PreparedData
 from data.records import DatasetError
 from data.splits import Splits, Subset, split, take_labelled
+from data.transforms import resize
 from training.settings import Settings
 
 
@@ -30,6 +32,12 @@ class LabelledImages:
     test: Subset
     places: NDArray[np.int64]
     class_names: tuple[str, ...]
+
+
+def as_pretrained_on(images: Tensor, settings: Settings) -> Tensor:
+    """Return images `(B, 3, S, S)`, floating point, at the size at which pretraining shows them."""
+    size = settings.pretrain_size
+    return images if images.shape[-1] == size else resize(images, size)
 
 
 def open_splits(prepared: Path, settings: Settings) -> Splits:

@@ -9,12 +9,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import ViTForImageClassification
 
@@ -22,14 +22,15 @@ from data.loaders import Batch
 from data.randomness import derive_seed
 from models.freezing import set_train_mode
 from training import checkpoint, optim
+from training.averaging import WeightAverage
 from training.checkpoint import Snapshot
 from training.checkpoint_writer import CheckpointWriter
 from training.divergence import StepGuard
 from training.errors import DivergedError, OutOfMemoryError
 from training.metrics_file import MetricsFile
+from training.recipes import RecipeSettings
 from training.resumes import note_start
 from training.runner import StageContext
-from training.settings import RecipeSettings
 from training.stage_files import CHECKPOINTS
 from training.stages import STAGES
 from training.stopping import Stopped
@@ -58,6 +59,11 @@ class Task:
         score: The metric that decides which epoch is best (higher is better), where best weights
             are kept; none keeps the last.
         patience: Epochs without a better score after which training stops; none for all.
+        layer_decay: Learning rate of each layer over that of the layer above; none for one rate.
+        ema: Share that an average of the weights keeps in every step; it is what is evaluated and
+            what is left in the end. None for no average.
+        network: What is trained where that is more than the model: the model, and heads that are
+            not exported. All of it is in the checkpoints.
     """
 
     model: ViTForImageClassification
@@ -70,6 +76,9 @@ class Task:
     evaluate: Callable[[], dict[str, float]]
     score: str | None = None
     patience: int | None = None
+    layer_decay: float | None = None
+    ema: float | None = None
+    network: nn.Module | None = None
 
 
 @dataclass
@@ -107,7 +116,8 @@ class TrainState:
 def train(context: StageContext, task: Task, *, seed: int) -> TrainState:
     """Train to the end, from the newest checkpoint where there is one.
 
-    The model is left with its final weights: the best epoch's where `task.score` is set.
+    The model is left with its final weights: the average where `task.ema` is set, and of them the
+    best epoch's where `task.score` is.
 
     Raises:
         DivergedError: If `checkpoint.max_skipped_steps` losses or gradients in a row were not
@@ -136,8 +146,12 @@ class _Run:
         self.total_steps = recipe.epochs * task.steps_per_epoch
         self.warmup_steps = round(recipe.warmup_epochs * task.steps_per_epoch)
         self.peak_lr = optim.scaled_lr(recipe.base_lr, task.samples_per_step)
-        self.optimizer = optim.make_optimizer(task.model, weight_decay=recipe.weight_decay)
-        self.trained = [p for p in task.model.parameters() if p.requires_grad]
+        self.network: nn.Module = task.model if task.network is None else task.network
+        self.optimizer = optim.make_optimizer(
+            self.network, weight_decay=recipe.weight_decay, layer_decay=task.layer_decay
+        )
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.average = None if task.ema is None else WeightAverage(self.network, task.ema)
         self.made_with = asdict(context.hardware())
         self.started = self.saved_at = self.lap = time.monotonic()
         self.state = TrainState()
@@ -171,8 +185,10 @@ class _Run:
                     self._end_epoch()
                 else:
                     self._train_epoch()
+        if self.average:
+            self.average.put_in_place()
         if self.task.score and self.state.best_weights:
-            self.task.model.load_state_dict(self.state.best_weights)
+            self.network.load_state_dict(self.state.best_weights)
         self._count_time()
         return self.state
 
@@ -211,6 +227,8 @@ class _Run:
         # Fused AdamW skips the step where this is 1; see StepGuard.
         self.optimizer.found_inf = self.guard.found_inf(loss, norm)  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.average:
+            self.average.update(state.step)
         state.step += 1
         if state.step % self.context.settings.tracking.log_every_steps == 0:
             self._log(loss.item(), lr)
@@ -284,18 +302,10 @@ class _Run:
     def _end_epoch(self) -> None:
         state, task = self.state, self.task
         try:
-            scores = task.evaluate()
+            with self.average.in_place() if self.average else nullcontext():
+                scores = self._evaluate()
         except InterruptedError:  # asked to stop: the evaluation is done again after a resume
             self._save_and_leave()
-        state.evaluated_epochs += 1
-        state.val_scores = scores
-        if task.score and scores[task.score] > state.best_score:
-            state.best_score = scores[task.score]
-            state.best_epoch = state.evaluated_epochs
-            # Copies: what state_dict returns are the live weights, which go on changing.
-            state.best_weights = {
-                name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()
-            }
         self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
             "%s: epoch %d of %d, %s",
@@ -305,6 +315,21 @@ class _Run:
             ", ".join(f"{name} {value:.4f}" for name, value in scores.items()),
         )
         self._save()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Score the weights as they are, and keep them if they are the best so far."""
+        state, task = self.state, self.task
+        scores = task.evaluate()
+        state.evaluated_epochs += 1
+        state.val_scores = scores
+        if task.score and scores[task.score] > state.best_score:
+            state.best_score = scores[task.score]
+            state.best_epoch = state.evaluated_epochs
+            # Copies: what state_dict returns are the live weights, which go on changing.
+            state.best_weights = {
+                name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()
+            }
+        return scores
 
     def _save_if_due(self) -> None:
         rule = self.context.settings.checkpoint
@@ -324,7 +349,6 @@ class _Run:
         if self.guard.last_was_skipped():
             return  # perhaps the first of many: what is saved must be good to go on from
         self._count_time()
-        model = self.task.model
         if not all(bool(torch.isfinite(p).all()) for p in self.trained):
             raise DivergedError(
                 f"The weights must be finite, they are not after step {self.state.step} of "
@@ -340,9 +364,10 @@ class _Run:
             step=self.state.step,
             evaluated=self.state.evaluated_epochs * self.task.steps_per_epoch == self.state.step,
             tensors={
-                "model": model.state_dict(),
-                "optimizer": checkpoint.optimizer_tensors(model, self.optimizer),
+                "model": self.network.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(self.network, self.optimizer),
                 **({"best": self.state.best_weights} if self.state.best_weights else {}),
+                **({"average": self.average.tensors()} if self.average else {}),
             },
             state={**self.state.to_plain(), "tracker": position},
         )
@@ -355,8 +380,10 @@ class _Run:
         if plain["best_score"] is None:
             plain["best_score"] = -math.inf
         device = self.trained[0].device
-        self.task.model.load_state_dict(saved.tensors["model"])
-        checkpoint.restore_optimizer(self.task.model, self.optimizer, saved.tensors["optimizer"])
+        self.network.load_state_dict(saved.tensors["model"])
+        checkpoint.restore_optimizer(self.network, self.optimizer, saved.tensors["optimizer"])
+        if self.average:
+            self.average.restore(saved.tensors["average"])
         best: Mapping[str, Tensor] = saved.tensors.get("best", {})
         self.state = TrainState(
             **plain,

@@ -53,6 +53,10 @@ _MADE = {
         "It was pretrained without labels, by rotation prediction; then its head and last two "
         "blocks were trained on labels."
     ),
+    "finetune_all": (
+        "It was pretrained without labels, by rotation prediction; then all of it was trained on "
+        "labels."
+    ),
     "from_scratch": "It was trained on labels alone, as a baseline without pretraining.",
 }
 
@@ -63,6 +67,7 @@ _ROWS = (
     ("from_scratch", "from scratch, same labels", "top1", "correct"),
     ("finetune_1", "fine-tune 1: head + last block", "top1", "correct"),
     ("finetune_2", "fine-tune 2: head + last two blocks", "top1", "correct"),
+    ("finetune_all", "fine-tune all of the network", "top1", "correct"),
 )
 """Stage, name of the row, whether the stage's own model has this score (by its name), the count."""
 

@@ -1,6 +1,7 @@
 """How weights are updated: parameter groups, AdamW and the learning rate of every step."""
 
 import math
+import re
 from typing import TypedDict
 
 from torch import nn
@@ -12,6 +13,8 @@ BASE_SAMPLES_PER_STEP = 256
 NO_DECAY_NAMES = ("cls_token", "position_embeddings")
 """Parameters of more than one dimension that are offsets rather than weights of a product."""
 
+_BLOCK = re.compile(r"vit\.layers\.(\d+)\.")
+
 FUSED_DEVICES = frozenset({"cpu", "cuda"})
 """Where AdamW updates all weights in one kernel: same arithmetic, one pass over memory."""
 
@@ -21,9 +24,13 @@ class ParameterGroup(TypedDict):
 
     params: list[nn.Parameter]
     weight_decay: float
+    rate_factor: float
+    """Learning rate over that of the whole; see `set_learning_rate`."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float | None = None
+) -> list[ParameterGroup]:
     """Return the trainable parameters, divided into those that decay and those that do not.
 
     Biases, norms, position embeddings and the class token are exempt, as in MAE (He et al. 2022):
@@ -33,41 +40,70 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGro
     Args:
         model: Read only.
         weight_decay: Of the first group; the second one's is 0.
+        layer_decay: Learning rate of each layer over that of the layer above; then there are two
+            groups for each layer. The layers are, from above: the head; the last norm and the last
+            block; each block below; the embeddings. None trains all at one rate.
 
     Raises:
         ValueError: If nothing in the model is trainable.
+
+    References:
+        Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022,
+        https://arxiv.org/abs/2106.08254, for the decay by layer.
     """
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    decayed: dict[int, list[nn.Parameter]] = {}
+    exempt: dict[int, list[nn.Parameter]] = {}
+    depth = 0 if layer_decay is None else _depth(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        below = 0 if layer_decay is None else _layers_below_head(name, depth)
         is_offset = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY_NAMES
-        (exempt if is_offset else decayed).append(parameter)
+        (exempt if is_offset else decayed).setdefault(below, []).append(parameter)
     if not decayed and not exempt:
         raise ValueError(
             "An optimiser needs trainable parameters, but all parameters of the model are frozen. "
             "Call train_head_and_last_blocks first."
         )
-    groups: list[ParameterGroup] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+    return [
+        {"params": group, "weight_decay": decay, "rate_factor": (layer_decay or 1.0) ** below}
+        for groups, decay in ((decayed, weight_decay), (exempt, 0.0))
+        for below, group in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _depth(model: nn.Module) -> int:
+    """Return the number of blocks, by the names of their weights."""
+    found = (_BLOCK.match(name) for name, _ in model.named_parameters())
+    return 1 + max((int(block[1]) for block in found if block), default=-1)
+
+
+def _layers_below_head(name: str, depth: int) -> int:
+    """Return how many layers a parameter lies below the head, the embeddings `depth + 1`."""
+    if block := _BLOCK.match(name):
+        return depth - int(block[1])
+    if name.startswith("vit.embeddings."):
+        return depth + 1
+    return 1 if name.startswith("vit.layernorm.") else 0
 
 
 def make_optimizer(
-    model: nn.Module, *, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> AdamW:
     """Return AdamW over the trainable parameters, with a learning rate of 0 until it is set.
 
     Args:
         model: On its final device; what is frozen now stays out for good.
         weight_decay: Decoupled decay of weights; see `parameter_groups` for what is exempt.
+        layer_decay: See `parameter_groups`.
         betas: Decay of the running mean and of the running square of the gradient. The default is
             that of MAE (He et al. 2022, table 8); 0.95 forgets large gradients sooner than 0.999.
     """
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return AdamW(
         [dict(group) for group in groups], lr=0.0, betas=betas, fused=devices <= FUSED_DEVICES
@@ -75,9 +111,9 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group; call it before every step."""
+    """Set the learning rate of every group, `lr` times its factor; call it before every step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate_factor"]
 
 
 def learning_rate(

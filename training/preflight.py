@@ -14,7 +14,7 @@ from training.store import data_source
 from training.wandb_key import wandb_mode
 
 TRANSFER_STAGES = (
-    *("features", "linear_probe", "frozen_tokens", "finetune_1", "finetune_2"),
+    *("features", "linear_probe", "frozen_tokens", "finetune_1", "finetune_2", "finetune_all"),
     *("from_scratch", "feature_analysis", "label_efficiency"),
 )
 """Stages that need labels."""
@@ -76,6 +76,8 @@ def _check_source(name: str, settings: Settings, stages: list[str], outputs: Pat
         labels = _labels(source, images, settings)
         if not {"finetune_1", "finetune_2"}.isdisjoint(stages):
             _check_batch("finetune", settings.finetune.batch_size, labels)
+        if "finetune_all" in stages:
+            _check_batch("finetune_all", settings.finetune_all.batch_size, labels)
         if "from_scratch" in stages:
             _check_batch("from_scratch", settings.from_scratch.batch_size, labels)
 

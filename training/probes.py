@@ -246,11 +246,16 @@ def knn_accuracies(
     return [count / len(labels) for count in correct]
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
     """Return the 95 % confidence interval of a share of `correct` out of `total` images.
 
     It says how far chance in the choice of test images may carry the share; the spread between
     seeds comes on top.
+
+    Args:
+        correct: In [0, total].
+        total: At least 1.
+        z: Quantile of the normal distribution, for another confidence than 95 %.
 
     Returns:
         Lower and upper end, fractions in [0, 1].
@@ -267,9 +272,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
             f"and {total}."
         )
     share = correct / total
-    shrink = 1 + Z_95**2 / total
-    centre = (share + Z_95**2 / (2 * total)) / shrink
-    half = Z_95 / shrink * math.sqrt(share * (1 - share) / total + (Z_95 / (2 * total)) ** 2)
+    shrink = 1 + z**2 / total
+    centre = (share + z**2 / (2 * total)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 

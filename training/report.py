@@ -35,7 +35,7 @@ from training.wording import pretraining_in_words
 PAGE = "index.html"
 """Name of the page, below the stage's directory."""
 
-_TRAINED_ON_LABELS = ("finetune_1", "finetune_2", "from_scratch")
+_TRAINED_ON_LABELS = ("finetune_1", "finetune_2", "finetune_all", "from_scratch")
 
 
 def compute(context: StageContext) -> StageOutcome:

@@ -25,6 +25,7 @@ from data.transforms import normalise
 from models.attention import class_attention
 from models.errors import ModelError
 from models.export import load_model
+from models.resolution import at_image_size
 from models.vit import to_device
 from training.confusion import Confusion, count_confusions
 from training.feature_map import FeatureMap, draw_feature_map
@@ -129,7 +130,8 @@ class _Pretrained:
         self, results: Mapping[str, StageResult], settings: Settings, hardware: Hardware
     ) -> None:
         self.hardware, self.side = hardware, settings.model.image_size
-        self.model = _load(results["pretrain"], hardware)
+        # It may have been pretrained on smaller images; these are for people to look at.
+        self.model = at_image_size(_load(results["pretrain"], hardware), self.side)
         test = open_splits(results["prepare_data"].directory, settings).test
         self.test, self.of = _sample(test, MOST_IMAGES), len(test)
 
@@ -246,7 +248,7 @@ class _Classes:
         if self.test is None or self.test.labels is None:
             return
         true = torch.from_numpy(self.test.labels)
-        for stage in ("linear_probe", "finetune_1", "finetune_2", "from_scratch"):
+        for stage in ("linear_probe", "finetune_1", "finetune_2", "finetune_all", "from_scratch"):
             if stage not in self.results:
                 continue
             try:

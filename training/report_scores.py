@@ -21,6 +21,7 @@ TITLES = {
     "frozen_tokens": "Frozen tokens",
     "finetune_1": "Fine-tune, last block",
     "finetune_2": "Fine-tune, last two blocks",
+    "finetune_all": "Fine-tune, all",
     "from_scratch": "From scratch",
     "feature_analysis": "Feature analysis",
     "label_efficiency": "Label efficiency",
@@ -94,6 +95,7 @@ def class_scores(results: Mapping[str, StageResult], spreads: Spreads) -> Iterat
         ("linear_probe", "linear head on the frozen backbone"),
         ("finetune_1", "head and last block trained"),
         ("finetune_2", "head and last two blocks trained"),
+        ("finetune_all", "all of the network trained"),
     ):
         if name in results:
             yield _top1(results[name], note, spreads)
@@ -163,7 +165,9 @@ def summary(results: Mapping[str, StageResult], spreads: Spreads) -> Iterator[st
             "the test images right; on those of the untrained network, "
             f"{measured('linear_probe', 'random_backbone_top1'):.0%}."
         )
-    tuned = [measured(name) for name in ("finetune_1", "finetune_2") if name in results]
+    tuned = [
+        measured(name) for name in ("finetune_1", "finetune_2", "finetune_all") if name in results
+    ]
     if tuned and "from_scratch" in results:
         yield (
             f"Fine-tuned it reaches {max(tuned):.0%}, where the same network trained from scratch "

@@ -1,44 +1,30 @@
 """Every setting of a run, with its unit. Building a `Settings` checks it.
 
 Defaults are those of the mission (ImageNet-1k at 160 px); a preset (`training/presets.py`) names
-what differs. Whatever builds settings (the command line, a YAML file, a deployment, the form in
-Prefect's UI) goes through the same validation.
+what differs. Those of the trainings are in `training/recipes.py`. Whatever builds settings (the
+command line, a YAML file, a deployment, the form in Prefect's UI) goes through the same validation.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from data.specs import is_remote
 from training.presets import PRESETS
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+from training.recipes import (
+    FinetuneAllSettings,
+    FinetuneSettings,
+    FromScratchSettings,
+    LinearProbeSettings,
+    PretrainSettings,
+)
+from training.section import Fraction, PositiveFloat, PositiveInt, Section
 
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot run."""
-
-
-class Section(BaseModel):
-    """Frozen, and a misspelt key is refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Let a setting that is given another default keep its description, for forms."""
-        for name, field in cls.model_fields.items():
-            bases = (getattr(base, "model_fields", {}).get(name) for base in cls.__mro__[1:])
-            described = (base.description for base in bases if base and base.description)
-            field.description = field.description or next(described, None)
-        cls.model_rebuild(force=True)
 
 
 class ModelSettings(Section):
@@ -113,68 +99,6 @@ class DataSettings(Section):
     transfer. Off by default, as in the work that figures are compared with."""
 
 
-class RecipeSettings(Section):
-    """What all training stages have in common."""
-
-    epochs: PositiveInt
-    """Passes over the training images."""
-    batch_size: PositiveInt
-    """Source images per optimiser step."""
-    base_lr: PositiveFloat
-    """Peak learning rate for 256 samples per step; the one used is scaled linearly with the
-    samples per step (Goyal et al. 2017)."""
-    weight_decay: NonNegativeFloat = 0.05
-    """Decoupled decay (AdamW); biases, norms, position and class token are exempt."""
-    warmup_epochs: NonNegativeFloat
-    """Epochs of linear warm-up, counted within `epochs`; cosine decay follows."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Largest norm of the whole gradient; none switches clipping off."""
-    flip: bool = True
-    """Mirror images left-right at random, before any rotation."""
-    crop_scale: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Smallest part of the prepared image's area that is shown: squares of random area, up to the
-    whole, at random places, are resized to the input size on the device. Common for photos: 0.08 to
-    0.35. None shows crops of the input size, unresized."""
-    accumulation_steps: PositiveInt = 1
-    """Parts that each step's batch is computed in, one after the other, before one update: the
-    same samples per step in less memory. Must divide `batch_size`."""
-
-    @model_validator(mode="after")
-    def _parts_are_equal(self) -> Self:
-        if self.batch_size % self.accumulation_steps:
-            raise ValueError(
-                f"accumulation_steps must divide batch_size, or the parts of a step would differ; "
-                f"got {self.accumulation_steps} and {self.batch_size}."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs must be smaller than epochs, or the learning rate never reaches "
-                f"its peak; got {self.warmup_epochs:g} and {self.epochs}. "
-                "For a short run set warmup_epochs=0."
-            )
-        return self
-
-
-class PretrainSettings(RecipeSettings):
-    """Rotation prediction (Gidaris et al. 2018)."""
-
-    epochs: PositiveInt = 5
-    batch_size: PositiveInt = 256
-    base_lr: PositiveFloat = 1.5e-4
-    warmup_epochs: NonNegativeFloat = 1
-    rotations: Literal["all", "random"] = "all"
-    """All four turns of each image in the same step, or one at random per image."""
-
-    @property
-    def samples_per_step(self) -> int:
-        """Rotated images per optimiser step."""
-        return self.batch_size * (4 if self.rotations == "all" else 1)
-
-
 class TransferSettings(Section):
     """The labelled images that the pretrained backbone is measured on."""
 
@@ -185,48 +109,8 @@ class TransferSettings(Section):
     `transfer.source` is none)."""
     labels: PositiveInt | None = None
     """Labelled training images used, the same ones by every stage; none uses all."""
-
-
-class LinearProbeSettings(Section):
-    """A linear head on the frozen backbone's class token."""
-
-    epochs: PositiveInt = 100
-    """Passes over the frozen features."""
-    batch_size: PositiveInt = 256
-    """Features per step."""
-    lrs: tuple[PositiveFloat, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0), min_length=1)
-    """Learning rates that are tried; val chooses."""
-    weight_decays: tuple[NonNegativeFloat, ...] = Field((0.0, 1e-4, 1e-3, 1e-2), min_length=1)
-    """Weight decays that are tried; val chooses."""
-
-
-class FinetuneSettings(RecipeSettings):
-    """Head and last blocks, trained from the probed backbone."""
-
-    epochs: PositiveInt = 30
-    batch_size: PositiveInt = 64
-    base_lr: PositiveFloat = 1e-3
-    warmup_epochs: NonNegativeFloat = 3
-    patience: PositiveInt | None = None
-    """Epochs without a better val score after which training stops; none trains them all. The
-    best epoch's weights are kept either way."""
-    start_from: Literal["probe", "previous"] = "probe"
-    """Where finetune_2 starts: from the probed backbone, as finetune_1 does, or from
-    finetune_1's result (as the project that this one redoes did)."""
-
-
-class FromScratchSettings(RecipeSettings):
-    """The same network on the same labels, without pretraining."""
-
-    epochs: PositiveInt = 30
-    batch_size: PositiveInt = 64
-    base_lr: PositiveFloat = 1e-3
-    warmup_epochs: NonNegativeFloat = 3
-    patience: PositiveInt | None = None
-    """Epochs without a better val score after which training stops; none trains them all."""
-    weights: Literal["normal", "xavier"] = "xavier"
-    """How the first ones are drawn. A baseline of few labels gets far further with Xavier's; for
-    pretraining the normal distribution of transformers gives the better features."""
+    finetune_all: bool = False
+    """Fine-tune the whole network too (the stage finetune_all), as a third arm."""
 
 
 class FeatureAnalysisSettings(Section):
@@ -337,6 +221,7 @@ class Settings(Section):
     transfer: TransferSettings = TransferSettings()
     linear_probe: LinearProbeSettings = LinearProbeSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    finetune_all: FinetuneAllSettings = FinetuneAllSettings()
     from_scratch: FromScratchSettings = FromScratchSettings()
     feature_analysis: FeatureAnalysisSettings = FeatureAnalysisSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -359,6 +244,16 @@ class Settings(Section):
         return merge(PRESETS[name].values, given)
 
     @model_validator(mode="after")
+    def _pretraining_size_fits(self) -> Self:
+        size, model = self.pretrain.image_size, self.model
+        if size is not None and (size > model.image_size or size % model.patch_size):
+            raise ValueError(
+                f"pretrain.image_size must be a multiple of model.patch_size ({model.patch_size}) "
+                f"and at most model.image_size ({model.image_size}), got {size}."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_tokens_are_of_use(self) -> Self:
         if self.hardware.frozen_tokens == "always" and not self.uses_frozen_tokens:
             raise ValueError(
@@ -369,6 +264,11 @@ class Settings(Section):
                 "finetune.crop_scale=none and data.crop_margin=0, or hardware.frozen_tokens=auto."
             )
         return self
+
+    @property
+    def pretrain_size(self) -> int:
+        """Side in pixels at which pretraining shows images."""
+        return self.pretrain.image_size or self.model.image_size
 
     @property
     def uses_frozen_tokens(self) -> bool:

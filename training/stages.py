@@ -16,7 +16,7 @@ _LABELLED = ("transfer.labels", *_SPLITS)
 _ARITHMETIC = ("hardware.precision", "hardware.compile")
 
 TRAINED_BLOCKS = {"finetune_1": 1, "finetune_2": 2}
-"""Blocks that a fine-tuning trains, counted from the head, by stage."""
+"""Blocks that a fine-tuning trains, counted from the head, by stage; the others train all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Stage:
         summary: One line for help texts.
         reads: Dotted names of the settings, or of whole sections, that can change its result.
         reads_where_set: Names of settings, also within what it reads, that came later and are read
-            only where they are on, so that results from before they came stay valid.
+            only where they are not at their default, which is off, so that results from before
+            they came stay valid.
         needs: Given the settings, which stage fills each role that this one builds on.
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
@@ -85,6 +86,8 @@ def _needs_finetune_2(settings: "Settings") -> dict[str, str]:
 
 def _needs_report(settings: "Settings") -> dict[str, str]:
     names = [name for name in STAGES if name != "report"]
+    if not settings.transfer.finetune_all:
+        names.remove("finetune_all")
     if settings.transfer_is_pretrain_data:
         names.remove("prepare_transfer_data")
     if not settings.uses_frozen_tokens:
@@ -131,7 +134,18 @@ _ALL = (
         name="pretrain",
         summary="Train the backbone to tell which way up an image is.",
         reads=("seed", "model", "pretrain", *_ARITHMETIC, *_SPLITS),
-        reads_where_set=("data.leave_out_test_copies", "pretrain.crop_scale"),
+        reads_where_set=(
+            "data.leave_out_test_copies",
+            "pretrain.crop_scale",
+            "pretrain.drop_path",
+            "pretrain.image_size",
+            "pretrain.pool",
+            "pretrain.colour_jitter",
+            "pretrain.greyscale",
+            "pretrain.patch_rotation",
+            "pretrain.patch_gap",
+            "pretrain.ema",
+        ),
         needs=_needs_pretrain,
         version=2,
         resumes=True,
@@ -165,7 +179,7 @@ _ALL = (
         name="finetune_1",
         summary="Train the head and the last block, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("finetune.crop_scale",),
+        reads_where_set=("finetune.crop_scale", "finetune.drop_path", "finetune.layer_decay"),
         needs=_needs_finetune,
         resumes=True,
         trains=True,
@@ -175,8 +189,17 @@ _ALL = (
         name="finetune_2",
         summary="Train the head and the last two blocks, from the probed backbone.",
         reads=("seed", "finetune", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("finetune.crop_scale",),
+        reads_where_set=("finetune.crop_scale", "finetune.drop_path", "finetune.layer_decay"),
         needs=_needs_finetune_2,
+        resumes=True,
+        trains=True,
+        module="finetune",
+    ),
+    Stage(
+        name="finetune_all",
+        summary="Train all of the network, from the probed backbone.",
+        reads=("seed", "finetune_all", *_ARITHMETIC, *_LABELLED),
+        needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         resumes=True,
         trains=True,
         module="finetune",
@@ -185,7 +208,7 @@ _ALL = (
         name="from_scratch",
         summary="Train the same network on the same labels without pretraining.",
         reads=("seed", "model", "from_scratch", *_ARITHMETIC, *_LABELLED),
-        reads_where_set=("from_scratch.crop_scale",),
+        reads_where_set=("from_scratch.crop_scale", "from_scratch.drop_path"),
         needs=lambda settings: {"data": transfer_data(settings)},
         version=2,
         resumes=True,

@@ -244,16 +244,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _values_read(stage: Stage, settings: Settings) -> dict[str, Any]:
-    values = dict(flatten(settings.model_dump(mode="json")))
-    return {
-        name: value
-        for name, value in values.items()
-        if (
-            value
-            if name in stage.reads_where_set
-            else any(name == read or name.startswith(f"{read}.") for read in stage.reads)
-        )
-    }
+    defaults = dict(flatten(Settings.model_construct().model_dump(mode="json")))
+    found = {}
+    for name, value in flatten(settings.model_dump(mode="json")):
+        if name in stage.reads_where_set:
+            reads = value != defaults[name]
+        else:
+            reads = any(name == read or name.startswith(f"{read}.") for read in stage.reads)
+        if reads:
+            found[name] = value
+    return found
 
 
 def _identity(item: StageInput) -> str:

@@ -12,13 +12,14 @@ from transformers import ViTForImageClassification
 from data.loaders import Batch, Batches, TokenBatches, eval_batches, token_eval_batches
 from data.tokens import Tokens
 from models.boundary import LastBlocks
+from models.drop_path import drop_paths
 from models.export import save_model
 from training import loop
 from training.evaluation import evaluate
 from training.hardware import keeps_images
 from training.images import LabelledImages
+from training.recipes import FinetuneAllSettings, FinetuneSettings, FromScratchSettings
 from training.runner import StageContext, StageOutcome
-from training.settings import FinetuneSettings, FromScratchSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def train_classifier(
     context: StageContext,
     model: ViTForImageClassification,
     images: LabelledImages,
-    section: Literal["finetune", "from_scratch"],
+    section: Literal["finetune", "finetune_all", "from_scratch"],
     tokens: FrozenTokens | None = None,
 ) -> StageOutcome:
     """Train what is trainable in `model`, keep the best epoch on val, score it on test once.
@@ -57,14 +58,15 @@ def train_classifier(
         tokens: Of the same images; nothing below them may be trained.
     """
     settings = context.settings
-    recipe: FinetuneSettings | FromScratchSettings = getattr(settings, section)
+    recipe: FinetuneSettings | FinetuneAllSettings | FromScratchSettings
+    recipe = getattr(settings, section)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, is_trained in parameters if is_trained)
     share = trained / sum(size for size, _ in parameters)
     passes = (share if tokens else 1) + share * (loop.PASSES_PER_STEP - 1)
     hardware = context.hardware(passes=recipe.epochs * len(images.train) * passes)
     device, side = hardware.torch_device, settings.model.image_size
-    hardware.place(model)
+    drop_paths(hardware.place(model), recipe.drop_path)
     network: nn.Module
     batches: Batches | TokenBatches
     val_batches: Callable[[], Iterable[Batch]]
@@ -112,6 +114,7 @@ def train_classifier(
             evaluate=evaluate_on_val,
             score="val/top1",
             patience=recipe.patience,
+            layer_decay=None if isinstance(recipe, FromScratchSettings) else recipe.layer_decay,
         ),
         seed=settings.seed,
     )

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 from data.splits import label_counts, train_size
 from training.configure import override
-from training.settings import FinetuneSettings, FromScratchSettings, Settings
+from training.recipes import FinetuneSettings, FromScratchSettings
+from training.settings import Settings
 from training.stages import STAGES, Stage, plan, transfer_data
 from training.store import StageResult
 
-SEEDED = ("linear_probe", "finetune_1", "finetune_2", "from_scratch", "label_efficiency")
+SEEDED = (
+    *("linear_probe", "finetune_1", "finetune_2", "finetune_all", "from_scratch"),
+    "label_efficiency",
+)
 """Stages that are repeated under every seed; `pretrain` besides, where each has its own."""
 
 CURVES = ("finetune_2", "from_scratch")

@@ -14,7 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn import functional
 
 from data import jpeg, transforms
-from data.canary import NoiseSource, probe_rotation
+from data.canary import NoiseSource, marks, probe_rotation
 from data.decode import decode_square
 from data.drawn import draw
 from data.loaders import Batch, Batches, eval_batches
@@ -30,7 +30,7 @@ TOLERANCE = 0.03
 """3.1 standard errors at 2,000 test images: sqrt(0.25 * 0.75 / 2000) = 0.0097. The four turns of an
 image count as one, because a classifier that treats them alike is right or wrong on all of them."""
 
-Rotated = tuple[NDArray[np.float32], NDArray[np.int64]]
+Rotated = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 def whole(split: PreparedSplit | None) -> Subset:
@@ -41,7 +41,7 @@ def whole(split: PreparedSplit | None) -> Subset:
 def rotated(batches: list[Batch]) -> Rotated:
     pairs = [make_rotation_batch(batch.images) for batch in batches]
     images, labels = zip(*pairs, strict=True)
-    return torch.cat(images).numpy(), torch.cat(labels).numpy()
+    return marks(torch.cat(images).numpy()), torch.cat(labels).numpy()
 
 
 def accuracy_after_the_data_path(
@@ -185,7 +185,7 @@ def test_drawings_without_their_objects_show_no_up() -> None:
         drawn = np.stack([np.asarray(draw(i, split, 32, objects=False)) for i in range(count)])
         batch = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
         turned, labels = make_rotation_batch(batch)
-        return turned.numpy(), labels.numpy()
+        return marks(turned.numpy()), labels.numpy()
 
     train, test = images("train", 1000), images("test", 2000)
     assert probe_rotation(train, test) == pytest.approx(CHANCE, abs=TOLERANCE)

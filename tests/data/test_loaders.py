@@ -30,6 +30,8 @@ def make_batches(
     seed: int = 0,
     crop_scale: float | None = None,
     keep_on_device: bool = False,
+    colour_jitter: float = 0.0,
+    greyscale: float = 0.0,
 ) -> Batches:
     return Batches(
         subset,
@@ -40,6 +42,8 @@ def make_batches(
         device=CPU,
         crop_scale=crop_scale,
         keep_on_device=keep_on_device,
+        colour_jitter=colour_jitter,
+        greyscale=greyscale,
     )
 
 
@@ -109,7 +113,9 @@ def test_an_epoch_entered_in_the_middle_goes_on_the_same(
 
 def test_augmentation_does_not_depend_on_the_batch(subset: Subset) -> None:
     def by_id(batch_size: int) -> dict[int, torch.Tensor]:
-        batches = make_batches(subset, batch_size=batch_size, side=4, flip=True)
+        batches = make_batches(
+            subset, batch_size=batch_size, side=4, flip=True, colour_jitter=0.5, greyscale=0.5
+        )
         return {
             int(number): image
             for batch in batches.epoch(1)
@@ -139,6 +145,23 @@ def test_crops_come_from_everywhere_and_half_of_them_are_mirrored(subset: Subset
             found[places[0]] += 1
     expected = found.sum() / 18
     assert ((found - expected) ** 2 / expected).sum() < 44  # chi-square, 17 degrees, p = 0.0003
+
+
+def test_colours_change_as_often_and_as_far_as_asked_for(subset: Subset) -> None:
+    """The mean of an image follows its brightness, as contrast and saturation leave it alone."""
+    grey = jittered = 0
+    for seed in range(40):
+        (batch,) = make_batches(subset, batch_size=17, greyscale=0.5, seed=seed).epoch(0)
+        grey += int((batch.images == batch.images[:, :1]).flatten(1).all(dim=1).sum())
+    assert grey / (40 * 17) == pytest.approx(0.5, abs=0.06), "three standard errors"
+    for seed in range(4):
+        (batch,) = make_batches(subset, batch_size=17, colour_jitter=0.5, seed=seed).epoch(0)
+        original = subset.split.gather(batch.ids).astype(float)
+        factors = as_bytes(batch.images).mean(axis=(1, 2, 3)) / original.mean(axis=(1, 2, 3))
+        assert 0.45 <= factors.min() < 0.8
+        assert factors.max() <= 1.55
+        jittered += len(set(factors.round(3)))
+    assert jittered > 60, "each image by factors of its own"
 
 
 def test_resized_crops_show_squares_of_every_area_from_everywhere(

@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-from data.transforms import centre_crop_square, crop, flip, normalise, resize, resized_crop
+from data.transforms import (
+    centre_crop_square,
+    crop,
+    flip,
+    grey,
+    jitter_colours,
+    make_grey,
+    normalise,
+    resize,
+    resized_crop,
+)
 
 
 def triangle_filter(size: int, side: int) -> NDArray[np.float64]:
@@ -117,3 +127,79 @@ def test_normalise_maps_bytes_to_minus_one_to_one() -> None:
 def test_normalise_refuses_what_may_be_normalised_already(dtype: Any) -> None:
     with pytest.raises(TypeError, match="needs uint8"):
         normalise(torch.zeros(1, 3, 2, 2, dtype=dtype))
+
+
+def random_bytes(rng: torch.Generator, count: int = 3) -> torch.Tensor:
+    return torch.randint(256, (count, 3, 6, 9), generator=rng, dtype=torch.uint8)
+
+
+def as_picture(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("place", "enhance"),
+    [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
+)
+def test_colours_change_as_pillow_changes_them(
+    rng: torch.Generator, place: int, enhance: Any
+) -> None:
+    """Each alone, against Pillow, which rounds its greys to whole numbers on the way."""
+    images, factors = random_bytes(rng), torch.tensor([0.0, 0.6, 1.4])
+    given = [torch.ones(3)] * 3
+    given[place] = factors
+    found = jitter_colours(images, *given)
+    assert found.dtype == torch.uint8
+    for image, factor, changed in zip(images, factors.tolist(), found, strict=True):
+        expected = np.asarray(enhance(as_picture(image)).enhance(factor)).astype(int)
+        difference = changed.permute(1, 2, 0).numpy().astype(int) - expected
+        assert np.abs(difference).max() <= 1
+
+
+def test_factors_of_one_change_nothing(rng: torch.Generator) -> None:
+    images = random_bytes(rng)
+    assert torch.equal(jitter_colours(images, *[torch.ones(3)] * 3), images)
+
+
+def test_the_changes_are_made_one_after_the_other(rng: torch.Generator) -> None:
+    """Unless something is cut off at black or white, or rounded, on the way."""
+    images = (random_bytes(rng) // 4) + 90
+    one, factors = torch.ones(3), torch.tensor([0.8, 1.0, 1.1])
+    stepwise = jitter_colours(images, factors, one, one)
+    stepwise = jitter_colours(stepwise, one, factors, one)
+    stepwise = jitter_colours(stepwise, one, one, factors)
+    together = jitter_colours(images, factors, factors, factors)
+    assert (stepwise.int() - together.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
+def test_changing_colours_leaves_no_mark_of_orientation(
+    rng: torch.Generator, quarter_turns: int
+) -> None:
+    images, factors = random_bytes(rng), torch.tensor([0.5, 1.3, 0.9])
+    turned = torch.rot90(images, quarter_turns, dims=(-2, -1))
+    chosen = torch.tensor([True, False, True])
+
+    def jittered(each: torch.Tensor) -> torch.Tensor:
+        return jitter_colours(each, factors, factors, factors)
+
+    def greyed(each: torch.Tensor) -> torch.Tensor:
+        return make_grey(each, chosen)
+
+    for change in (jittered, greyed):
+        expected = torch.rot90(change(images), quarter_turns, dims=(-2, -1))
+        assert torch.equal(change(turned), expected)
+
+
+def test_only_the_chosen_images_lose_their_colours(rng: torch.Generator) -> None:
+    images = random_bytes(rng)
+    found = make_grey(images, torch.tensor([True, False, True]))
+    assert torch.equal(found[1], images[1])
+    for place in (0, 2):
+        expected = np.asarray(as_picture(images[place]).convert("L")).astype(int)
+        for channel in found[place]:
+            assert np.abs(channel.numpy().astype(int) - expected).max() <= 1
+    assert (
+        grey(torch.full((1, 3, 2, 2), 200, dtype=torch.uint8)).flatten().tolist()
+        == [pytest.approx(200)] * 4
+    )

@@ -27,7 +27,8 @@ ROTVIT = [sys.executable, "-m", "flows.cli"]
 
 STAGE_COMMANDS = [
     *("download", "prepare-data", "pretrain", "features", "linear-probe", "frozen-tokens"),
-    *("finetune-1", "finetune-2", "from-scratch", "feature-analysis", "label-efficiency", "report"),
+    *("finetune-1", "finetune-2", "finetune-all", "from-scratch", "feature-analysis"),
+    *("label-efficiency", "report"),
 ]
 
 
@@ -91,10 +92,10 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert capsys.readouterr().out == without
     commands = re.findall(r"^  ([a-z][a-z0-9-]+)  ", without, flags=re.MULTILINE)
     own = ["predict", "upright", "export", "publish"]
-    assert commands == ["run", *STAGE_COMMANDS, "status", "presets", "config", *own]
+    assert commands == ["run", *STAGE_COMMANDS, "status", "canary", "presets", "config", *own]
 
 
-@pytest.mark.parametrize("command", ["run", *STAGE_COMMANDS, "status", "config"])
+@pytest.mark.parametrize("command", ["run", *STAGE_COMMANDS, "status", "canary", "config"])
 def test_every_command_has_help_and_the_common_options(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -333,7 +334,8 @@ def write_result(
 
 def test_status_of_nothing_is_missing_all_the_way(capsys: Capture, tmp_path: Path) -> None:
     rows = status_rows(capsys, "--outputs", str(tmp_path))
-    unused = ("download", "frozen-tokens")  # drawn10 is here; its images are flipped
+    # drawn10 is here, its images are flipped, and all need not be fine-tuned.
+    unused = ("download", "frozen-tokens", "finetune-all")
     assert list(rows) == [name for name in STAGE_COMMANDS if name not in unused]
     assert rows["prepare-data"] == "missing not computed yet"
     assert rows["pretrain"] == "missing needs prepare-data"

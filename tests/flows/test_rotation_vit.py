@@ -19,7 +19,10 @@ from training.stages import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_backend")]
 
-NOT_NEEDED = {"download", "download_transfer", "prepare_transfer_data", "frozen_tokens"}
+NOT_NEEDED = {
+    *("download", "download_transfer", "prepare_transfer_data"),
+    *("frozen_tokens", "finetune_all"),
+}
 STAGE_NAMES = [name for name in STAGES if name not in NOT_NEEDED]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.loaders import eval_batches
 from data.splits import Subset
 from models.export import load_model
+from models.resolution import at_image_size
 from training import features, stage_files, store
 from training.configure import validate
 from training.features import Backbone, open_features
@@ -44,19 +45,28 @@ def hidden_states(model: Any, subset: Subset, side: int) -> list[Tensor]:
     return [*found.hidden_states, found.last_hidden_state]
 
 
-@pytest.mark.parametrize("backbone", ["pretrained", "random"])
+@pytest.mark.parametrize(
+    ("backbone", "pretrained_at"), [("pretrained", 16), ("pretrained", 8), ("random", 16)]
+)
 def test_every_row_is_what_the_model_says(
-    results: dict[str, StageResult], tiny_settings: Settings, backbone: Backbone
+    run_stages: RunStages,
+    tiny_values: dict[str, Any],
+    tmp_path: Path,
+    backbone: Backbone,
+    pretrained_at: int,
 ) -> None:
-    images = open_labelled(results["prepare_data"].directory, tiny_settings)
+    """Also where the backbone was pretrained on smaller images: at the full size it is asked."""
+    settings = validate(merge(tiny_values, {"pretrain": {"image_size": pretrained_at}}))
+    results = run_stages(settings, tmp_path / "outputs", "features")
+    images = open_labelled(results["prepare_data"].directory, settings)
     found = open_features(results["features"].directory, backbone, images)
     if backbone == "pretrained":
-        model = load_model(results["pretrain"].directory / "model")
+        model = at_image_size(load_model(results["pretrain"].directory / "model"), 16)
     else:
         request = store.read_config(results["features"].directory)
         model = build_model(StageContext(request, StopRequest()))
     for part, subset in ((found.train, images.train), (found.test, images.test)):
-        *layers, normed = hidden_states(model, subset, tiny_settings.model.image_size)
+        *layers, normed = hidden_states(model, subset, settings.model.image_size)
         assert part.layers == len(layers) == 3
         for layer, tokens in enumerate(layers):
             assert torch.allclose(part.mean[layer], tokens[:, 1:].mean(dim=1), atol=1e-5)

@@ -143,6 +143,36 @@ def test_the_network_says_the_same_from_tokens_as_from_images(both: Both, blocks
         assert 0 < (found - whole).abs().mean() < (trained_so - whole).abs().mean()
 
 
+def test_a_backbone_of_smaller_images_gives_tokens_of_the_full_size(
+    run_stages: RunStages, tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = still(tiny_run, pretrain={"image_size": 8})
+    results = run_stages(settings, tmp_path, "finetune_1")
+    images = open_labelled(results["prepare_data"].directory, settings)
+    tokens = open_tokens(results["frozen_tokens"].directory, images, 1)
+    assert tokens is not None
+    (found,) = token_eval_batches(tokens.val, 99, torch.device("cpu"))
+    (batch,) = eval_batches(images.val, 99, 16, torch.device("cpu"))
+    probed = load_model(results["linear_probe"].directory / "model")
+    (exact,) = tokens_below(probed, batch.images, [1])
+    assert torch.equal(found.images, exact.bfloat16().float())
+
+
+def test_branches_are_left_out_from_tokens_as_in_the_whole_network(
+    both: Both, run_stages: RunStages, tiny_run: dict[str, Any]
+) -> None:
+    """Below the boundary nothing is left out, so both draw the same numbers."""
+    losses = []
+    for use in ("auto", "never"):
+        settings = still(tiny_run, finetune={"drop_path": 0.5}, hardware={"frozen_tokens": use})
+        result = run_stages(settings, both.outputs, "finetune_1")["finetune_1"]
+        losses.append(values_of(result, "train/loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
+    assert losses[0] != pytest.approx(
+        values_of(both.kept["finetune_1"], "train/loss"), rel=TOLERANCE
+    )
+
+
 def test_no_image_is_read_to_train_or_to_choose_and_the_score_is_that_of_the_saved_model(
     both: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

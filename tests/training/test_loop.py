@@ -116,6 +116,73 @@ def test_the_precision_is_not_without_effect(request_of: RequestOf) -> None:
     assert weights_sha256(plain) != weights_sha256(other)
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "drop_path": {"drop_path": 0.3},
+    "pool": {"pool": "mean"},
+    "patches": {"patch_rotation": 1.0},
+    "patches and mean": {"patch_rotation": 0.5, "pool": "mean", "rotations": "random"},
+    "image_size": {"image_size": 8},
+    "patches of larger images": {"image_size": 8, "patch_rotation": 1.0, "patch_gap": 1.0},
+    "colours": {"colour_jitter": 0.4, "greyscale": 0.2},
+    "colours of resized crops": {"colour_jitter": 0.4, "crop_scale": 0.3},
+    "ema": {"ema": 0.9},
+    "ema of more than the model": {"ema": 0.9, "pool": "mean"},
+}
+"""Options of pretraining that have a state, or random numbers, of their own."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_option_of_the_recipe_is_not_without_effect_and_resumes_to_the_same_bytes(
+    stop_after: StopAfter, request_of: RequestOf, name: str
+) -> None:
+    changes = {"pretrain": {**RECIPES[name], "epochs": 2}}
+    plain = request_of({"pretrain": {"epochs": 2}}, "plain")
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
+    run_stage(plain, pretrain.compute)
+    expected = run_stage(whole, pretrain.compute)
+    assert weights_sha256(plain) != weights_sha256(whole)
+    result, stops = run_with_stops(cut, stop_after, 5)
+    assert stops >= 2
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert metrics(cut) == metrics(whole)
+    assert result.scores == expected.scores
+
+
+@pytest.mark.parametrize(
+    ("options", "losses"),
+    [
+        ({}, 1.0),
+        ({"pool": "mean"}, 2.0),
+        ({"patch_rotation": 0.5}, 1.5),
+        ({"patch_rotation": 0.5, "pool": "mean"}, 2.5),
+    ],
+)
+def test_the_first_loss_is_that_of_guessing_in_each_task(
+    request_of: RequestOf, options: dict[str, Any], losses: float
+) -> None:
+    request = request_of({"pretrain": {**options, "epochs": 1, "warmup_epochs": 0}})
+    run_stage(request, pretrain.compute)
+    first = json.loads(metrics(request).splitlines()[0])["train/loss"]
+    assert first == pytest.approx(losses * math.log(4), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_options_together_resume_to_the_same_bytes(
+    stop_after: StopAfter, request_of: RequestOf, compiled: bool
+) -> None:
+    together: dict[str, Any] = {"epochs": 2, "accumulation_steps": 3, "image_size": 8}
+    for options in RECIPES.values():
+        together |= options
+    changes = {"pretrain": together, "hardware": {"compile": compiled, "precision": "bfloat16"}}
+    whole, cut = request_of(changes, "whole"), request_of(changes, "cut")
+    run_stage(whole, pretrain.compute)
+    _, stops = run_with_stops(cut, stop_after, 7)
+    assert stops >= 1
+    assert weights_sha256(cut) == weights_sha256(whole)
+    assert checkpoint_bytes(cut).keys() >= {"step-00000012-evaluated/average.safetensors"}
+
+
 class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, by optimiser step, the operations that make the host wait for numbers of a GPU."""
 
@@ -148,6 +215,7 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         {"crop_scale": 0.3},
         {"accumulation_steps": 3},
         {"clip_norm": None},
+        *RECIPES.values(),
     ],
 )
 def test_the_host_waits_for_the_device_only_in_steps_that_are_logged(
@@ -181,13 +249,17 @@ def test_the_host_waits_for_the_device_only_in_steps_that_are_logged(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, *RECIPES.values()])
 @pytest.mark.parametrize("data_on_device", [True, False])
 def test_no_step_waits_for_a_gpu_nor_for_a_copy_to_it(
-    request_of: RequestOf, monkeypatch: pytest.MonkeyPatch, data_on_device: bool
+    request_of: RequestOf,
+    monkeypatch: pytest.MonkeyPatch,
+    data_on_device: bool,
+    options: dict[str, Any],
 ) -> None:
     request = request_of(
         {
-            "pretrain": {"crop_scale": 0.3, "rotations": "random"},
+            "pretrain": {"crop_scale": 0.3, "rotations": "random", **options},
             "tracking": {"log_every_steps": 1000},
             "hardware": {"device": "cuda", "data_on_device": data_on_device},
         }
@@ -487,8 +559,10 @@ def test_a_folder_of_checkpoints_that_is_deleted_meanwhile_is_made_again(
 
 @pytest.mark.slow
 def test_fine_tuning_is_stopped_and_resumed_through_the_same_code(
-    stop_after: StopAfter, run_stages: RunStages, tiny_settings: Settings, tmp_path: Path
+    stop_after: StopAfter, run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
 ) -> None:
+    changes = {"finetune": {"layer_decay": 0.5, "drop_path": 0.3}}
+    tiny_settings = validate(merge(tiny_values, changes))
     sums = []
     for outputs, every in ((tmp_path / "whole", 10**6), (tmp_path / "cut", 4)):
         results = run_stages(tiny_settings, outputs, "linear_probe")

@@ -61,6 +61,37 @@ def test_a_frozen_model_is_refused() -> None:
         parameter_groups(make_vit().requires_grad_(False), 0.05)
 
 
+def test_a_decay_by_layer_lowers_the_rate_from_block_to_block() -> None:
+    """By hand, for two blocks: head 1, last norm and block 1/2, first block 1/4, embeddings 1/8."""
+    model = make_vit()
+    optimizer = make_optimizer(model, weight_decay=0.05, layer_decay=0.5)
+    set_learning_rate(optimizer, 0.8)
+    factors = {"classifier": 0.8, "layernorm": 0.4, "layers.1": 0.4, "layers.0": 0.2}
+    rates = {
+        name: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in names_of(model, group["params"])
+    }
+    assert set(rates) == {name for name, _ in model.named_parameters()}
+    plain = {
+        name: group["weight_decay"]
+        for group in parameter_groups(model, 0.05)
+        for name in names_of(model, group["params"])
+    }
+    for name, (rate, decay) in rates.items():
+        path = name.removeprefix("vit.").split(".")
+        part = ".".join(path[:2]) if path[0] == "layers" else path[0]
+        assert rate == pytest.approx(factors.get(part, 0.1)), name
+        assert decay == plain[name], name
+
+
+def test_a_decay_by_layer_counts_the_frozen_layers() -> None:
+    model = make_vit()
+    train_head_and_last_blocks(model, 1)
+    groups = parameter_groups(model, 0.05, 0.5)
+    assert {group["rate_factor"] for group in groups} == {1.0, 0.5}
+
+
 def test_the_first_step_of_adamw_is_the_closed_form() -> None:
     # The first step of Adam moves each weight by lr * sign(gradient), decay by lr * decay * weight.
     model = nn.Linear(3, 2)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from models.export import load_model
 from training import pretrain, stage_files, store
-from training.configure import validate
+from training.configure import build_settings, validate
 from training.errors import CheckpointError, DivergedError
 from training.network import build_model
 from training.runner import StageContext, run_stage
@@ -188,3 +188,28 @@ def test_exported_weights_are_those_of_the_last_step(
     exported = load_file(request.directory / "model" / "model.safetensors")
     for name, tensor in load_file(last).items():
         assert torch.equal(tensor, exported[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "forward_passes"),
+    [
+        ({}, 4.0),
+        ({"rotations": "random"}, 1.0),
+        ({"patch_rotation": 0.5}, 5.0),
+    ],
+)
+def test_the_passes_that_training_is_worth_are_counted(
+    tiny_values: dict[str, Any], options: dict[str, Any], forward_passes: float
+) -> None:
+    """A step is worth three forward passes: itself, and twice that backward."""
+    settings = validate(merge(tiny_values, {"pretrain": {**options, "epochs": 2}}))
+    assert pretrain.passes_of_training(settings, 50) == 2 * 50 * 3 * forward_passes
+
+
+def test_images_that_are_shown_smaller_are_worth_a_part_of_a_pass() -> None:
+    """At half the side there are a quarter of the patches, and attention is a small part."""
+    whole, half = (
+        pretrain.passes_of_training(build_settings("imagenet", overrides=overrides), 1)
+        for overrides in ([], ["pretrain.image_size=80"])
+    )
+    assert half / whole == pytest.approx(26 / 101, rel=0.05)

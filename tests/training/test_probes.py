@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from training.probes import Heads, knn_accuracies, train_heads, wilson_interval
-from training.settings import LinearProbeSettings
+from training.recipes import LinearProbeSettings
 
 RECIPE: dict[str, Any] = {
     "lrs": (0.01, 0.1),

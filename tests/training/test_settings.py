@@ -231,6 +231,18 @@ def test_labelled_images_come_from_the_pretraining_source_unless_told_otherwise(
     assert settings.transfer_is_pretrain_data is shared
 
 
+@pytest.mark.parametrize("size", [24, 20, 48])
+def test_pretraining_shows_images_of_whole_patches_and_none_larger_than_the_model_s(
+    size: int,
+) -> None:
+    sizes = ["model.image_size=32", "model.patch_size=8", f"pretrain.image_size={size}"]
+    if size == 24:
+        assert build_settings(overrides=sizes).pretrain_size == 24
+        return
+    with pytest.raises(ConfigError, match=rf"pretrain\.image_size must be .* \(32\), got {size}"):
+        build_settings(overrides=sizes)
+
+
 def test_every_setting_has_a_description() -> None:
     def undescribed(model: type[Settings], prefix: str = "") -> list[str]:
         found = []

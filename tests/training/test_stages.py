@@ -25,8 +25,9 @@ def names(settings: Settings, until: str | None = None) -> list[str]:
 
 
 def test_a_whole_run_has_every_stage_once() -> None:
-    assert names(STILL) == list(STAGES)
-    augmented = [name for name in STAGES if name != "frozen_tokens"]
+    usual = [name for name in STAGES if name != "finetune_all"]
+    assert names(STILL) == usual
+    augmented = [name for name in usual if name != "frozen_tokens"]
     assert names(REMOTE) == augmented
     local = [name for name in augmented if not name.startswith("download")]
     assert names(APART) == local
@@ -86,6 +87,17 @@ def test_a_run_until_a_stage_has_that_stage_and_what_it_needs(
 ) -> None:
     assert names(SHARED, until) == shared
     assert names(APART, until) == apart
+
+
+def test_all_is_fine_tuned_where_it_is_asked_for() -> None:
+    wanted = ["transfer.finetune_all=true", "finetune.flip=false", "finetune_all.flip=false"]
+    third = build_settings("imagenet", overrides=wanted)
+    assert names(third) == list(STAGES)
+    assert "tokens" not in STAGES["finetune_all"].needs(third), "it has no frozen blocks"
+    assert STAGES["report"].needs(third)["finetune_all"] == "finetune_all"
+    assert names(SHARED, "finetune-all") == [
+        *("prepare_data", "pretrain", "features", "linear_probe", "finetune_all"),
+    ]
 
 
 def test_fine_tuning_twice_starts_from_the_probe_unless_told_to_go_on() -> None:

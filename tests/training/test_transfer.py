@@ -11,7 +11,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.loaders import eval_batches
-from models.export import load_model
+from models.export import load_model, read_prepared_size
+from models.resolution import at_image_size
 from training import finetune, stage_files, store
 from training.configure import validate
 from training.evaluation import evaluate
@@ -95,6 +96,7 @@ def test_the_exported_probe_scores_what_is_reported(
     [
         ("finetune_1", {"layers.1", "layernorm", "classifier"}),
         ("finetune_2", {"layers.0", "layers.1", "layernorm", "classifier"}),
+        ("finetune_all", {"embeddings", "layers.0", "layers.1", "layernorm", "classifier"}),
     ],
 )
 def test_fine_tuning_moves_the_head_and_the_last_blocks_only(
@@ -110,6 +112,37 @@ def test_fine_tuning_moves_the_head_and_the_last_blocks_only(
     moved = changed(before, after)
     # Val may find no epoch better than the first, but one epoch always moves all that is trained.
     assert moved == trained
+
+
+def test_a_backbone_of_smaller_images_is_used_at_the_full_size(
+    run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = validate(merge(tiny_values, {"pretrain": {"image_size": 8}}))
+    results = run_stages(settings, tmp_path / "outputs", "feature_analysis")
+    results |= run_stages(settings, tmp_path / "outputs", "linear_probe")
+    small = load_model(results["pretrain"].directory / "model")
+    assert small.config.image_size == 8
+    assert read_prepared_size(results["pretrain"].directory / "model") == 10, "20 px at half size"
+    probed = load_model(results["linear_probe"].directory / "model")
+    assert probed.config.image_size == 16
+    expected = at_image_size(small, 16).state_dict()
+    for name, weight in probed.state_dict().items():
+        assert torch.equal(weight, expected[name]) or name.startswith("classifier"), name
+    found = accuracy_on_test(results["linear_probe"], settings, results["prepare_data"].directory)
+    assert found == pytest.approx(results["linear_probe"].scores["top1"])
+
+
+def test_fine_tuning_all_has_a_recipe_of_its_own(
+    run_stages: RunStages, tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"finetune_all": {"epochs": 2, "batch_size": 10, "layer_decay": 0.5}}
+    settings = validate(merge(tiny_values, changes))
+    result = run_stages(settings, tmp_path / "outputs", "finetune_all")["finetune_all"]
+    assert result.scores["epochs"] == 2
+    assert result.scores["steps"] == 2 * (30 // 10)
+    request = store.read_config(result.directory)
+    assert not [name for name in request.reads if name.startswith("finetune.")]
+    assert request.inputs["start"].stage == "linear_probe"
 
 
 def test_the_exported_fine_tuned_model_is_the_best_epoch_not_the_last(
