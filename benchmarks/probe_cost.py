@@ -43,7 +43,7 @@ from training.hardware import Hardware
 from training.images import LabelledImages, open_labelled
 from training.linear_probe import train_probe
 from training.network import build_model
-from training.probe_variants import probe_variants
+from training.readings import readings
 from training.runner import Compute, StageContext, StageOutcome, run_stage
 from training.settings import ModelSettings, Settings
 from training.stage_files import MODEL
@@ -122,9 +122,9 @@ def measure(preset: str, scratch: Path, *, pairs: int) -> dict[str, float]:
             train_probe(features, settings, num_classes=classes)
         with clock.timing("analysis"):
             score_layers(features, settings, num_classes=classes)
-        with clock.timing("variants"):
-            for variant in probe_variants(settings.model.depth)[1:]:
-                train_probe(features, settings, num_classes=classes, read=variant.read)
+        with clock.timing("readings"):
+            for reading in readings(settings.model.depth)[1:]:
+                train_probe(features, settings, num_classes=classes, read=reading.read)
     # The first turn warms up.
     turns = list(zip(*(seconds[1:] for seconds in clock.seconds.values()), strict=True))
     ratios = [(features + probe + analysis) / bare for bare, features, probe, analysis, _ in turns]

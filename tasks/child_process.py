@@ -2,7 +2,8 @@
 
 Prefect raises SIGTERM in the middle of a bytecode and needs the main thread for it; a segmentation
 fault or the kernel's out-of-memory killer must cost one attempt, not the flow. So the stage runs
-in a child, which saves its state when it is told to stop or when its parent dies.
+in a child. One that resumes saves its state when it is told to stop or when its parent dies; the
+others, which take seconds to minutes, are ended at once.
 """
 
 import json
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import IO, Any
 
@@ -98,7 +100,8 @@ def _stop(child: StageProcess, *, saves: bool) -> None:
     try:
         _let_end(child, GRACE_SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended; what it started holds its output
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     except BaseException:  # asked again: at once. A checkpoint is complete or absent.
         child.send_signal(signal.SIGKILL)
@@ -120,7 +123,7 @@ def _let_end(child: StageProcess, seconds: float) -> None:
 
 
 def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:
-    if code == 0 and "result" in events:
+    if code in (0, SERVER_DIED) and "result" in events:
         return StageResult.model_validate(events["result"])
     if code == EXIT_RESUME:
         raise StageStoppedError(f"{request.title} was stopped and has saved its state.")

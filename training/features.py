@@ -7,6 +7,7 @@ untrained backbone besides: a random ViT is already a fair descriptor, and so th
 Dimension key: L = blocks, N = images, D = width of the tokens, R = 2 L + 3 rows.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +151,16 @@ def write_features(
 
     Yields:
         How many images are done, after each batch.
+
+    Raises:
+        OSError: If the disk is too small, before any pass.
     """
     sizes, device = settings.model, hardware.torch_device
     shape = (2 * sizes.depth + 3, len(subset), sizes.embed_dim)
     rows = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # on a full disk an error now, and no signal later
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     done = 0
     batches = eval_batches(subset, batch_size=_BATCH_SIZE, side=sizes.image_size, device=device)
     for batch in batches:

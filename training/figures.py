@@ -18,14 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, VERMILLION, GREEN = "#0072b2", "#d55e00", "#009e73"
-"""The three of Okabe and Ito's colours that stand out, 3:1 or more, on white and on black."""
+BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa3377"
+"""Colours that stand out, 3:1 or more, on white and on black: three of Okabe and Ito's, one of Paul
+Tol's."""
 
 ROTATION_CHANCE = 0.25
 """Rotation accuracy of guessing."""
 
-STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"))
-"""Colour and marker of a chart's first, second and third kind of line."""
+STYLES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"))
+"""Colour and marker of a chart's first to fourth kind of line."""
 
 _READERS = (
     ("top1", "probe, mean of tokens"),
@@ -244,7 +245,7 @@ def pretraining_charts(
 def transfer_chart(
     rows_by_name: Mapping[str, Sequence[Mapping[str, float]]], *, control: str
 ) -> Drawing | None:
-    """Draw top-1 on val over epochs for up to three stages; none where it was not recorded.
+    """Draw top-1 on val over epochs for up to four stages; none where it was not recorded.
 
     Args:
         rows_by_name: The lines of each one's `metrics.jsonl`, by the name to show.
@@ -252,7 +253,7 @@ def transfer_chart(
     """
     lines = [
         Line(label=name, x=x, y=y, colour=colour, marker=marker, control=name == control)
-        for name, (colour, marker) in zip(rows_by_name, STYLES, strict=False)
+        for name, (colour, marker) in zip(rows_by_name, STYLES[: len(rows_by_name)], strict=True)
         for x, y in _columns(rows_by_name[name], "val/top1")
     ]
     if not lines:
@@ -284,7 +285,7 @@ def layer_chart(layers: Sequence[Mapping[str, Any]], *, chance: float | None) ->
             control=bool(prefix),
         )
         for prefix in ("", "random_")  # the legend fills a column with each
-        for (key, label), (colour, marker) in zip(_READERS, STYLES, strict=True)
+        for (key, label), (colour, marker) in zip(_READERS, STYLES[:3], strict=True)
         if all(prefix + key in row for row in layers)
     ]
     best = max(layers, key=lambda row: float(row["top1"]))

@@ -32,7 +32,7 @@ def compute(context: StageContext) -> StageOutcome:
         headline = SplitFeatures(*(part.headline() for part in parts)).where_heads_train(device)
         for labels in counts:
             context.progress(len(probes), total, "probes", f"{backbone} backbone, {labels} labels")
-            some = headline.train.of(_places(images, labels, settings.data.split_seed).to(device))
+            some = headline.train.of(_places(images, labels, settings.data.split_seed))
             probes[backbone, labels] = train_probe(
                 SplitFeatures(some, headline.val, headline.test),
                 settings,

@@ -16,8 +16,8 @@ from training import runner
 from training.features import Backbone, Features, SplitFeatures, open_features
 from training.images import open_labelled
 from training.network import load_start
-from training.probe_variants import class_token, probe_variants
 from training.probes import train_heads
+from training.readings import class_token, readings
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings
 
@@ -49,18 +49,18 @@ def compute(context: StageContext) -> StageOutcome:
     """Probe the pretrained backbone and the random one; write the backbone with its head."""
     settings, device = context.settings, context.hardware().torch_device
     images = open_labelled(context.input("data"), settings)
-    variants, classes = probe_variants(settings.model.depth), len(images.class_names)
-    total = 2 * len(variants)
+    read_as, classes = readings(settings.model.depth), len(images.class_names)
+    total = 2 * len(read_as)
 
     def probe(backbone: Backbone, done: int) -> list[Probe]:
         opened = open_features(context.input("features"), backbone, images)
         features, found = opened.where_heads_train(device), []
-        for number, variant in enumerate(variants, start=done):
-            context.progress(number, total, "probes", f"{backbone} backbone, {variant.name}")
-            found.append(train_probe(features, settings, num_classes=classes, read=variant.read))
+        for number, reading in enumerate(read_as, start=done):
+            context.progress(number, total, "probes", f"{backbone} backbone, {reading.name}")
+            found.append(train_probe(features, settings, num_classes=classes, read=reading.read))
         return found
 
-    probes, controls = probe("pretrained", 0), probe("random", len(variants))
+    probes, controls = probe("pretrained", 0), probe("random", len(read_as))
     context.progress(total, total, "probes")
 
     chosen, control = probes[0], controls[0]
@@ -84,9 +84,9 @@ def compute(context: StageContext) -> StageOutcome:
             "random_backbone_top1": control.correct / control.total,
             "random_backbone_correct": control.correct,
             "labels": len(images.train),
-            "variants": [
+            "readings": [
                 {
-                    "name": variant.name,
+                    "name": reading.name,
                     "exported": found is chosen,
                     "width": found.weight.shape[1],
                     "top1": found.correct / found.total,
@@ -96,7 +96,7 @@ def compute(context: StageContext) -> StageOutcome:
                     "lr": found.lr,
                     "weight_decay": found.weight_decay,
                 }
-                for variant, found, beside in zip(variants, probes, controls, strict=True)
+                for reading, found, beside in zip(read_as, probes, controls, strict=True)
             ],
         },
         made=["model"],

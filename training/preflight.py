@@ -36,8 +36,8 @@ def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
     if "frozen_tokens" in stages and not settings.uses_frozen_tokens:
         raise ConfigError(
             "frozen-tokens are computed for images that are the same in every epoch of "
-            "fine-tuning; set finetune.flip=false, data.crop_margin=0 and "
-            "hardware.frozen_tokens=auto."
+            "fine-tuning; set finetune.flip=false, finetune.crop_scale=none, "
+            "data.crop_margin=0 and hardware.frozen_tokens=auto."
         )
     check_outputs(outputs)
     wandb_mode(settings.tracking)

@@ -178,7 +178,7 @@ def render(
             control=TITLES["from_scratch"],
         ),
         pictures=pictures,
-        variants=results["linear_probe"].scores["variants"] if "linear_probe" in results else [],
+        readings=results["linear_probe"].scores["readings"] if "linear_probe" in results else [],
         layers=layers,
         neighbours=list(layers[0]["knn"]) if layers else [],
         layer_chart=figures.layer_chart(layers, chance=chance) if layers else None,
@@ -188,7 +188,7 @@ def render(
         label_counts=sorted({count for curve in curves for count in curve.scores}),
         label_chart=label_chart(curves, chance=chance) if curves else None,
         prepared=list(_prepared(results, settings)),
-        setting_groups=_setting_groups(settings),
+        setting_groups=_setting_groups(settings, results),
         environment=list(_environment(titled)),
         times=list(_times(titled)),
     )
@@ -269,7 +269,9 @@ def _seen_in_pretraining(
         return None
 
 
-def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]]]:
+def _setting_groups(
+    settings: Settings, results: Mapping[str, StageResult]
+) -> list[tuple[str, list[tuple[str, str]]]]:
     # Those that cannot change a result are left out: they are in no stage's key, so that a cached
     # page could show others than were used.
     values = settings.model_dump(
@@ -278,7 +280,11 @@ def _setting_groups(settings: Settings) -> list[tuple[str, list[tuple[str, str]]
             "data": {"max_skipped"},
             "checkpoint": True,
             "tracking": True,
-            "hardware": {"device", "threads"},
+            "hardware": {
+                *("device", "threads", "data_on_device"),
+                *(() if "frozen_tokens" in results else ("frozen_tokens",)),
+            },
+            **({} if "finetune_all" in results else {"finetune_all": True}),
         },
     )
     groups: dict[str, list[tuple[str, str]]] = {}

@@ -31,7 +31,7 @@ from training.confusion import Confusion, count_confusions
 from training.feature_map import FeatureMap, draw_feature_map
 from training.features import Backbone, open_features
 from training.hardware import Hardware
-from training.images import open_labelled, open_splits
+from training.images import as_pretrained_on, open_labelled, open_splits
 from training.report_scores import TITLES
 from training.settings import Settings
 from training.stages import transfer_data
@@ -129,9 +129,9 @@ class _Pretrained:
     def __init__(
         self, results: Mapping[str, StageResult], settings: Settings, hardware: Hardware
     ) -> None:
-        self.hardware, self.side = hardware, settings.model.image_size
-        # It may have been pretrained on smaller images; these are for people to look at.
-        self.model = at_image_size(_load(results["pretrain"], hardware), self.side)
+        self.settings, self.hardware = settings, hardware
+        self.side = settings.model.image_size
+        self.model = _load(results["pretrain"], hardware)
         test = open_splits(results["prepare_data"].directory, settings).test
         self.test, self.of = _sample(test, MOST_IMAGES), len(test)
 
@@ -163,7 +163,9 @@ class _Pretrained:
         places = self._of_different_classes(EXAMPLES)
         pixels = _crops(self.test, places, self.side)
         batch = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-        found = class_attention(self.model, batch.to(self.hardware.torch_device))
+        # It may have been pretrained on smaller images; these are for people to look at.
+        model = at_image_size(self.model, self.side)
+        found = class_attention(model, batch.to(self.hardware.torch_device))
         return [
             Look(
                 image=Picture(uri=picture_uri(image), alt=f"Test image {self._name(place)}."),
@@ -185,8 +187,9 @@ class _Pretrained:
     def _shares(self) -> Tensor:
         parts = []
         for batch in _batches(self.test, self.side, self.hardware):
+            seen = as_pretrained_on(batch, self.settings)
             with self.hardware.autocast():
-                logits = self.model(make_rotation_batch(batch)[0]).logits.float()
+                logits = self.model(make_rotation_batch(seen)[0]).logits.float()
             parts.append(logits.softmax(dim=1).unflatten(0, (NUM_ROTATIONS, -1)).cpu())
         return torch.cat(parts, dim=1).transpose(0, 1)
 

@@ -27,7 +27,8 @@ from training.commit import describe_commit
 from training.errors import USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
-from training.stopping import EXIT_RESUME, Stopped, StopRequest
+from training.stages import STAGES
+from training.stopping import EXIT_RESUME, Stopped, StopRequest, end_with
 from training.store import StageRequest, StageResult
 from training.wandb_process import Tracking
 
@@ -155,11 +156,14 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _log_to_stdout(events=options.events)
     stop = StopRequest()
-    stop.listen(parent=options.parent)
     emit = _emit if options.events else lambda **event: None
     try:
         with progress.listening(lambda item: emit(progress=astuple(item))):
             request = store.read_config(options.directory)
+            if STAGES[request.stage].resumes:
+                stop.listen(parent=options.parent)
+            else:  # nothing to save, nothing to wait for
+                end_with(options.parent)
             result = run_stage(request, compute, stop)
     except (Stopped, InterruptedError) as stopped:
         logger.info("%s", stopped)

@@ -10,6 +10,7 @@ MEASURED = {
     "linear_probe": ("top1", "random_backbone_top1"),
     "finetune_1": ("top1",),
     "finetune_2": ("top1",),
+    "finetune_all": ("top1",),
     "from_scratch": ("top1",),
 }
 """Scores that are repeated, by stage."""

@@ -30,8 +30,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 LARGE_BYTES = 2**26
-"""Files of this size are verified by size and time stamp, and hashed only where the latter is
-another one: hashing takes a second per gigabyte, and a cached run looks at every stage."""
+"""Arrays (`.npy`) of this size are verified by size and time stamp, and hashed only where the
+latter is another one, as prepared images are: hashing takes a second per gigabyte, and a cached run
+looks at every stage."""
 
 
 class OutputsError(ValueError):
@@ -110,9 +111,13 @@ def record_files(directory: Path, names: list[str]) -> dict[str, FileRecord]:
             records[path.relative_to(directory).as_posix()] = FileRecord(
                 sha256=sha256_of(path),
                 size=status.st_size,
-                modified_ns=status.st_mtime_ns if status.st_size >= LARGE_BYTES else None,
+                modified_ns=status.st_mtime_ns if _is_large_array(path, status.st_size) else None,
             )
     return records
+
+
+def _is_large_array(path: Path, size: int) -> bool:
+    return path.suffix == ".npy" and size >= LARGE_BYTES
 
 
 def sha256_of(path: Path) -> str:

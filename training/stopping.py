@@ -58,10 +58,9 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(PARENT_STOPS, self._on_parent)
-        if sys.platform == "linux" and parent is not None:
+        if parent is not None:
             signal.signal(PARENT_DIED, self._on_parent)
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(PARENT_DIED))
-            if os.getppid() != parent:  # it died before we asked to be told
+            if not _hear_of_death(parent, PARENT_DIED):
                 self._asked = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -75,3 +74,21 @@ class StopRequest:
 
     def _on_parent(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+def end_with(parent: int | None) -> None:
+    """Let this process be killed when its parent dies: for work that saves nothing on the way.
+
+    Args:
+        parent: The process whose death counts (Linux only); none for no such process.
+    """
+    if parent is not None and not _hear_of_death(parent, signal.SIGKILL):
+        raise InterruptedError("The process that asked for this stage has ended.")
+
+
+def _hear_of_death(parent: int, number: signal.Signals) -> bool:
+    """Ask the kernel for a signal when the parent dies; say whether it is still there."""
+    if sys.platform != "linux":
+        return True
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number))
+    return os.getppid() == parent  # or it died before we asked to be told

@@ -8,6 +8,7 @@ The only module that imports wandb.
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import sys
@@ -46,6 +47,11 @@ RETRY_SECONDS = 60.0
 
 READ_EVERY_SECONDS = 1.0
 """Time between two looks at the metrics."""
+
+
+def artifact_name(request: StageRequest) -> str:
+    """Return the name of a stage's artifact in W&B: that of the stage, and of the variant."""
+    return re.sub(r"[^\w.-]+", "-", request.title)
 
 
 class _Ending:
@@ -135,7 +141,7 @@ def main(directory: str, mode: str, training: str, background_seconds: str) -> i
     try:
         request = store.read_config(Path(directory))
         # The process of an earlier attempt may still be sending.
-        with locked(attempts.lock_path(request).with_suffix(".wandb"), what=request.stage):
+        with locked(attempts.lock_path(request).with_suffix(".wandb"), what=request.title):
             _tell(request, mode, int(training), ending)
     except Exception as error:
         _say_what_lacks(directory, error)
@@ -181,7 +187,7 @@ def _open(
             if not is_warned:
                 _say(
                     logging.WARNING,
-                    f"W&B cannot be used; {request.stage} goes on without, and W&B is tried again "
+                    f"W&B cannot be used; {request.title} goes on without, and W&B is tried again "
                     f"every {RETRY_SECONDS:g} s: {error}",
                 )
             is_warned = True
@@ -248,12 +254,12 @@ def _conclude(run: "wandb.Run", request: StageRequest, history: _History) -> Non
         history.add({"step": point["labels"], **point})
     history.flush()
     plain = {k: v for k, v in result.scores.items() if isinstance(v, int | float | str)}
-    for variant in result.scores.get("variants", ()):  # of the linear probe
-        plain[f"variants/{variant['name']}"] = variant["top1"]
+    for reading in result.scores.get("readings", ()):  # of the linear probe
+        plain[f"readings/{reading['name']}"] = reading["top1"]
     run.summary.update({**plain, **result.timing, "wall_seconds": result.wall_seconds})
     if result.files:
         kind = "report" if request.stage == "report" else "model"
-        artifact = wandb.Artifact(request.stage, type=kind, metadata=plain)
+        artifact = wandb.Artifact(artifact_name(request), type=kind, metadata=plain)
         for name in result.files:
             path = str(request.directory / name)
             # The stage's files stay as they are: no copies are needed.

@@ -71,7 +71,7 @@ def variants(
 def _other_seeds(settings: Settings, until: str | None) -> Iterator[Variant]:
     own = settings.evaluation.pretraining == "own"
     targets = ("pretrain", *SEEDED) if own else SEEDED
-    kept = () if own else ("pretrain", "features")
+    kept = () if own else ("pretrain", "features", "frozen_tokens")
     for seed in range(settings.seed + 1, settings.seed + settings.evaluation.seeds):
         overrides = (f"seed={seed}",)
         changed = override(settings, overrides)

@@ -86,7 +86,7 @@ class Tracking:
                 env=environment,
             )
         except OSError as error:
-            logger.warning("W&B cannot be told about %s: %s", request.stage, error)
+            logger.warning("W&B cannot be told about %s: %s", request.title, error)
             return
         # In a copy of the context, so that Prefect knows which run the log lines belong to.
         self._listener = threading.Thread(
@@ -117,7 +117,7 @@ class Tracking:
         if not self.wait(WAIT_SECONDS):
             logger.info(
                 "W&B goes on being told about %s in the background. Should it not take all, %s",
-                self._request.stage,
+                self._request.title,
                 f"`python -m training.wandb_process {self._request.directory}` tells it later, "
                 "with the key in WANDB_API_KEY or from `wandb login`.",
             )

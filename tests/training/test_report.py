@@ -43,7 +43,7 @@ LAYERS: list[dict[str, Any]] = [
     for k in range(3)
 ]
 
-VARIANTS = [
+READINGS = [
     {
         "name": name,
         "exported": exported,
@@ -87,7 +87,7 @@ SCORES: dict[str, dict[str, Any]] = {
         "random_backbone_top1": 250 / 678,
         "random_backbone_correct": 250,
         "labels": 1234,
-        "variants": VARIANTS,
+        "readings": READINGS,
     },
     "finetune_1": {"top1": 500 / 678, "correct": 500, "total": 678},
     "finetune_2": {"top1": 555 / 678, "correct": 555, "total": 678},

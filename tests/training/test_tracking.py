@@ -389,10 +389,10 @@ def test_every_stage_with_scores_is_a_run_of_one_group(pipeline: Pipeline) -> No
         plain = {k: v for k, v in results[name].scores.items() if isinstance(v, int | float | str)}
         assert plain.items() <= run.summary.items()
         assert run.config["seed"]["value"] == 0
-    probe = results["linear_probe"].scores["variants"]
+    probe = results["linear_probe"].scores["readings"]
     told_of_probe = told["linear_probe"].summary
     assert {
-        f"variants/{row['name']}": row["top1"] for row in probe
+        f"readings/{row['name']}": row["top1"] for row in probe
     }.items() <= told_of_probe.items()
 
 

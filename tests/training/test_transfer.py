@@ -22,7 +22,7 @@ from training.hardware import Hardware
 from training.images import open_labelled
 from training.linear_probe import train_probe
 from training.network import build_model
-from training.probe_variants import probe_variants
+from training.readings import readings
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge
 from training.stage_files import CHECKPOINTS
@@ -236,8 +236,8 @@ def test_the_probe_reads_the_backbone_in_other_ways_besides(
     pretrained: dict[str, StageResult], tiny_settings: Settings
 ) -> None:
     scores = pretrained["linear_probe"].scores
-    exported, *others = scores["variants"]
-    assert [row["exported"] for row in scores["variants"]] == [True, False, False, False, False]
+    exported, *others = scores["readings"]
+    assert [row["exported"] for row in scores["readings"]] == [True, False, False, False, False]
     for name in ("top1", "correct", "val_top1", "lr", "weight_decay"):
         assert exported[name] == scores[name]
     assert exported["random_top1"] == scores["random_backbone_top1"]
@@ -246,9 +246,9 @@ def test_the_probe_reads_the_backbone_in_other_ways_besides(
     images = open_labelled(pretrained["prepare_data"].directory, tiny_settings)
     for backbone, key in (("pretrained", "top1"), ("random", "random_top1")):
         features = open_features(pretrained["features"].directory, backbone, images)  # type: ignore[arg-type]
-        for variant, row in zip(probe_variants(2), scores["variants"], strict=True):
-            assert variant.name == row["name"]
-            alone = train_probe(features, tiny_settings, num_classes=3, read=variant.read)
+        for reading, row in zip(readings(2), scores["readings"], strict=True):
+            assert reading.name == row["name"]
+            alone = train_probe(features, tiny_settings, num_classes=3, read=reading.read)
             assert alone.correct / 21 == row[key]
             assert alone.weight.shape == (3, row["width"])
 

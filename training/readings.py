@@ -26,7 +26,7 @@ LAST_BLOCKS = 4
 
 
 @dataclass(frozen=True)
-class Variant:
+class Reading:
     """One way to read a backbone.
 
     Attributes:
@@ -39,19 +39,19 @@ class Variant:
     read: Callable[[Features], Tensor]
 
 
-def probe_variants(depth: int) -> list[Variant]:
+def readings(depth: int) -> list[Reading]:
     """Return the ways to read a backbone of `depth` blocks; the first one is exported."""
     found = [
-        Variant("class token", class_token),
-        Variant("mean of patch tokens", _mean),
-        Variant("class token, mean of patch tokens", lambda f: _beside(class_token(f), _mean(f))),
+        Reading("class token", class_token),
+        Reading("mean of patch tokens", _mean),
+        Reading("class token, mean of patch tokens", lambda f: _beside(class_token(f), _mean(f))),
     ]
     blocks = min(LAST_BLOCKS, depth)
     if blocks > 1:  # of one block they are the same again
         name = f"class tokens of the last {blocks} blocks"
         found += [
-            Variant(name, _last_class_tokens),
-            Variant(
+            Reading(name, _last_class_tokens),
+            Reading(
                 f"{name}, mean of patch tokens",
                 lambda f: _beside(_last_class_tokens(f), _mean(f)),
             ),

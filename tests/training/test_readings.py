@@ -6,7 +6,7 @@ from torch.nn import functional
 from training.configure import validate
 from training.features import Features, SplitFeatures
 from training.linear_probe import train_probe
-from training.probe_variants import probe_variants
+from training.readings import readings
 from training.settings import Settings
 
 WIDTH = 6
@@ -24,7 +24,7 @@ def standardised(tokens: Tensor) -> Tensor:
     return (tokens - tokens.mean(dim=-2, keepdim=True)) / tokens.std(dim=-2, keepdim=True)
 
 
-def test_each_variant_reads_what_its_name_says() -> None:
+def test_each_reading_reads_what_its_name_says() -> None:
     features = features_of(depth=5, images=9)
     final, mean = features.final_cls[0], features.mean[5]
     normed = functional.layer_norm(features.cls, (WIDTH,), eps=1e-6)
@@ -36,7 +36,7 @@ def test_each_variant_reads_what_its_name_says() -> None:
         "class tokens of the last 4 blocks": blocks,
         "class tokens of the last 4 blocks, mean of patch tokens": torch.cat([blocks, mean], dim=1),
     }
-    found = {variant.name: variant.read(features) for variant in probe_variants(5)}
+    found = {reading.name: reading.read(features) for reading in readings(5)}
     assert list(found) == list(expected)
     for name, tokens in found.items():
         assert torch.equal(tokens, expected[name][None]), name
@@ -47,7 +47,7 @@ def test_a_head_sees_the_last_class_token_as_after_the_backbones_own_norm() -> N
     features = features_of(depth=3, images=9)
     scale, shift = torch.linspace(0.2, 3, WIDTH), torch.linspace(-5, 2, WIDTH)
     normed = functional.layer_norm(features.cls[-1], (WIDTH,), scale, shift, eps=1e-6)
-    together = {variant.name: variant.read for variant in probe_variants(3)}[
+    together = {reading.name: reading.read for reading in readings(3)}[
         "class tokens of the last 3 blocks"
     ](features)
     torch.testing.assert_close(standardised(together[0, :, -WIDTH:]), standardised(normed))
@@ -58,7 +58,7 @@ def test_a_head_sees_the_last_class_token_as_after_the_backbones_own_norm() -> N
 )
 def test_a_shallow_backbone_gives_the_blocks_that_it_has(depth: int, widths: list[int]) -> None:
     features = features_of(depth, images=3)
-    found = [variant.read(features) for variant in probe_variants(depth)]
+    found = [reading.read(features) for reading in readings(depth)]
     assert [tokens.shape for tokens in found] == [(1, 3, WIDTH * width) for width in widths]
 
 
@@ -81,7 +81,7 @@ def settings() -> Settings:
     ],
     ids=str,
 )
-def test_a_variant_knows_what_is_told_to_its_part_only(
+def test_a_reading_knows_what_is_told_to_its_part_only(
     settings: Settings, row: int, right: set[int]
 ) -> None:
     parts = []
@@ -91,10 +91,10 @@ def test_a_variant_knows_what_is_told_to_its_part_only(
         part.rows[row, :, 0] += 20 * part.labels - 10
         part.rows[row, :, 1] -= 20 * part.labels - 10
         parts.append(part)
-    for place, variant in enumerate(probe_variants(4)):
-        probe = train_probe(SplitFeatures(*parts), settings, num_classes=2, read=variant.read)
+    for place, reading in enumerate(readings(4)):
+        probe = train_probe(SplitFeatures(*parts), settings, num_classes=2, read=reading.read)
         share = probe.correct / probe.total
-        assert (share > 0.95) if place in right else (share < 0.8), variant.name
+        assert (share > 0.95) if place in right else (share < 0.8), reading.name
 
 
 def test_a_probe_is_the_linear_map_that_it_says(settings: Settings) -> None:
