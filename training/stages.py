@@ -147,7 +147,7 @@ _ALL = (
             "pretrain.ema",
         ),
         needs=_needs_pretrain,
-        version=2,
+        version=3,
         resumes=True,
         trains=True,
     ),

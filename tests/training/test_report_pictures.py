@@ -116,6 +116,7 @@ def test_the_page_of_a_run_has_all_of_them(stored_page: Path) -> None:
     assert {
         *("Scores on test", "Pretraining", "Which way up?", "What each layer knows"),
         *("With few labels, and with many", "Where it looks", "Features, by class"),
+        "Other ways to read the frozen backbone",
         *("Training on labels", "Data"),
         *("Settings", "Times", "Environment"),
     } == set(page.headings)
