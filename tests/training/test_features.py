@@ -1,5 +1,6 @@
 """Features that are taken once, against the model that they are taken of."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from training.images import open_labelled
 from training.network import build_model
 from training.runner import StageContext, run_stage
 from training.settings import Settings, merge
+from training.stage_files import OutputsError
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageResult
@@ -136,3 +138,19 @@ def test_a_large_file_is_hashed_only_where_its_time_stamp_is_another(
     assert store.inspect(request).state == "cached", "size and time stamp are what they were"
     os.utime(path, ns=(stamp, stamp + 1))
     assert "pretrained-test.npy is damaged" in store.inspect(request).why
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_any_pass(
+    results: dict[str, StageResult],
+    tiny_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_space(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (results["features"].directory / "result.json").unlink()
+    request = store.make_request(STAGES["features"], tiny_settings, tmp_path / "outputs", results)
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    with pytest.raises(OutputsError, match="is full"):
+        run_stage(request, features.compute)

@@ -8,7 +8,7 @@ import matplotlib
 import pytest
 
 from training import figures
-from training.figures import BLUE, GREEN, VERMILLION, Bar, Drawing
+from training.figures import BLUE, GREEN, PURPLE, VERMILLION, Bar, Drawing
 
 OKABE_ITO = {
     *("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"),
@@ -136,7 +136,7 @@ def test_the_three_colours_stand_out_on_white_and_on_black() -> None:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    for colour in (BLUE, VERMILLION, GREEN):
+    for colour in (BLUE, VERMILLION, GREEN, PURPLE):
         assert colour in OKABE_ITO
         assert 1.05 / (luminance(colour) + 0.05) >= 3
         assert (luminance(colour) + 0.05) / 0.05 >= 3
@@ -240,6 +240,15 @@ def test_the_control_of_the_transfer_stages_is_dashed(drawn: dict[str, Drawing])
     assert without is not None
     assert "stroke-dasharray" not in without.svg
     assert "from scratch from 0.300 to 0.900" in drawn["transfer"].alt
+
+
+def test_a_fourth_stage_is_drawn_beside_the_others() -> None:
+    rows = [{"epoch": epoch, "val/top1": 0.1 * epoch} for epoch in (1.0, 2.0, 3.0)]
+    names = ("last block", "last two", "all", "from scratch")
+    found = figures.transfer_chart(dict.fromkeys(names, rows), control="from scratch")
+    assert found is not None
+    assert all(f"{name} from" in found.alt for name in names)
+    assert len(points_of(found, PURPLE, dashed=True)) == 3
 
 
 def test_what_was_not_recorded_is_not_drawn() -> None:

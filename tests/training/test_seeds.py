@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from training.seeds import Spread, over_seeds
+from training.seeds import MEASURED, Spread, over_seeds
+from training.variants import SEEDED
 
 SCORES = [0.812, 0.797, 0.823, 0.801, 0.77]
 
@@ -43,3 +44,7 @@ def test_what_was_trained_on_other_labels_is_left_out() -> None:
 def test_one_seed_has_no_spread() -> None:
     assert over_seeds({"pretrain": {"rotation_accuracy": 0.9}}, []) == {}
     assert over_seeds({}, [{"linear_probe": probe(0.5, 0.2)}]) == {}
+
+
+def test_what_is_trained_under_every_seed_has_its_spread_reported() -> None:
+    assert set(SEEDED) - {"label_efficiency"} <= set(MEASURED)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from training.stopping import EXIT_RESUME, PARENT_STOPS, Stopped
+from training.stopping import EXIT_RESUME, PARENT_STOPS, Stopped, end_with
 
 LISTENER = """
 import os, sys, time
@@ -100,3 +101,36 @@ def test_the_message_says_from_where_a_resume_starts() -> None:
     assert "resumes from step 4" in str(Stopped(7, saved_step=4)), "the last save failed"
     assert "resumes from the beginning" in str(Stopped(7, saved_step=None))
     assert EXIT_RESUME == 75
+
+
+ORPHAN = """
+import subprocess, sys, os, time
+code = (
+    "import sys, time; from training.stopping import end_with; end_with(int(sys.argv[1]));"
+    "print('ready', flush=True); time.sleep(60)"
+)
+child = subprocess.Popen([sys.executable, "-c", code, str(os.getpid())], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of others does not tell")
+def test_work_that_saves_nothing_ends_with_whoever_asked_for_it() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    assert child.is_running()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it goes on"
+        time.sleep(0.05)
+    parent.stdout.close()
+
+
+def test_work_whose_parent_is_gone_already_does_not_begin() -> None:
+    with pytest.raises(InterruptedError, match="has ended"):
+        end_with(os.getppid() + 1)
