@@ -81,7 +81,7 @@ def test_it_opens_without_a_word_and_without_a_request(page: Path, tmp_path: Pat
     browsed = browse(page, tmp_path, "--dump-dom")
     assert console(browsed) == []
     assert requests(tmp_path) == set()
-    assert browsed.stdout.count("<h2") == 12
+    assert browsed.stdout.count("<h2") == 13
     assert page.stat().st_size <= 5_000_000
 
 
