@@ -22,7 +22,13 @@ from training.settings import Settings
 from training.stage_files import digest_of
 from training.stages import STAGES
 from training.steps import Found, steps
-from training.store import StageRequest, StageResult, inspect, write_atomically
+from training.store import (
+    StageRequest,
+    StageResult,
+    inspect,
+    stage_of_variant,
+    write_atomically,
+)
 from training.variants import Variant
 
 SCHEMA_VERSION = 1
@@ -81,8 +87,12 @@ class RunRecord:
         A variant's is told from the run's own by the name, and what it differs in is recorded.
         """
         self.found.add(result, variant.name if variant else "")
+        title = result.stage
         if variant:
             self._overrides[variant.name] = variant.overrides
+            title = stage_of_variant(result.stage, variant.name)
+        if result.directory.is_relative_to(self._outputs):
+            self._places[title] = str(result.directory.relative_to(self._outputs))
         if result.stage == "report":
             page = (result.directory / "index.html").read_bytes()
             write_atomically(self.directory / "report" / "index.html", page)

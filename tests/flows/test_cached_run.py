@@ -61,7 +61,9 @@ def test_it_starts_no_server_and_is_recorded(
     stages = json.loads((run / "results.json").read_bytes())["stages"]
     assert {stage["status"] for stage in stages.values()} == {"cached"}
     assert len(stages) == 10
-    assert json.loads((run / "run.json").read_bytes())["state"] == "finished"
+    facts = json.loads((run / "run.json").read_bytes())
+    assert facts["state"] == "finished"
+    assert set(facts["directories"]) == set(stages), "as after a run that computes"
     assert (run / "report" / "index.html").is_file()
     assert capsys.readouterr().out.count("cached") == 10
 
