@@ -34,6 +34,10 @@ class Subset:
         """Bytes that the images take, as `gather` returns them."""
         return len(self) * self.split.side**2 * 3
 
+    def places_of(self, part: "Subset") -> NDArray[np.int64]:
+        """Return the positions in this subset of the images of a part of it, `(len(part),)`."""
+        return np.searchsorted(self.indices, part.indices)
+
     def gather(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return images by their positions in this subset, `(len(positions), S, S, 3)`."""
         return self.split.gather(self.indices[positions])

@@ -119,6 +119,6 @@ def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
         train=train,
         val=splits.val,
         test=splits.test,
-        places=np.searchsorted(splits.train.indices, train.indices),
+        places=splits.train.places_of(train),
         class_names=tuple(names),
     )

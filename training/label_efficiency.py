@@ -5,14 +5,13 @@ features that were taken once, and the same on the untrained network as control.
 nested, so that a point differs from the one before it by more labels and nothing else.
 """
 
-import numpy as np
 import torch
 
 from data.splits import label_counts, take_labelled
 from training import runner
 from training.configure import override
 from training.features import Backbone, SplitFeatures, open_features
-from training.images import LabelledImages, open_labelled
+from training.images import open_labelled
 from training.linear_probe import Probe, train_probe
 from training.runner import StageContext, StageOutcome
 
@@ -32,7 +31,8 @@ def compute(context: StageContext) -> StageOutcome:
         headline = SplitFeatures(*(part.headline() for part in parts)).where_heads_train(device)
         for labels in counts:
             context.progress(len(probes), total, "probes", f"{backbone} backbone, {labels} labels")
-            some = headline.train.of(_places(images, labels, settings.data.split_seed))
+            selected = take_labelled(images.train, labels, seed=settings.data.split_seed)
+            some = headline.train.of(torch.from_numpy(images.train.places_of(selected)))
             probes[backbone, labels] = train_probe(
                 SplitFeatures(some, headline.val, headline.test),
                 settings,
@@ -53,12 +53,6 @@ def compute(context: StageContext) -> StageOutcome:
             "total": len(images.test),
         }
     )
-
-
-def _places(images: LabelledImages, labels: int, seed: int) -> torch.Tensor:
-    """Return where the selected images stand among all training images, `(labels,)`, int64."""
-    selected = take_labelled(images.train, labels, seed=seed)
-    return torch.from_numpy(np.searchsorted(images.train.indices, selected.indices))
 
 
 def _row(probe: Probe) -> dict[str, float | int]:

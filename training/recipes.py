@@ -111,16 +111,21 @@ class LinearProbeSettings(Section):
     """Weight decays that are tried; val chooses."""
 
 
-class FinetuneSettings(RecipeSettings):
-    """Head and last blocks, trained from the probed backbone."""
+class LabelledSettings(RecipeSettings):
+    """What trainings on labels have in common."""
 
     epochs: PositiveInt = 30
     batch_size: PositiveInt = 64
-    base_lr: PositiveFloat = 1e-3
     warmup_epochs: NonNegativeFloat = 3
     patience: PositiveInt | None = None
     """Epochs without a better val score after which training stops; none trains them all. The
     best epoch's weights are kept either way."""
+
+
+class FinetuneSettings(LabelledSettings):
+    """Head and last blocks, trained from the probed backbone."""
+
+    base_lr: PositiveFloat = 1e-3
     start_from: Literal["probe", "previous"] = "probe"
     """Where finetune_2 starts: from the probed backbone, as finetune_1 does, or from
     finetune_1's result (as the project that this one redoes did)."""
@@ -130,28 +135,18 @@ class FinetuneSettings(RecipeSettings):
     1, trains all at one rate."""
 
 
-class FinetuneAllSettings(RecipeSettings):
+class FinetuneAllSettings(LabelledSettings):
     """All of the network, trained from the probed backbone; see `transfer.finetune_all`."""
 
-    epochs: PositiveInt = 30
-    batch_size: PositiveInt = 64
     base_lr: PositiveFloat = 5e-4
-    warmup_epochs: NonNegativeFloat = 3
-    patience: PositiveInt | None = None
-    """Epochs without a better val score after which training stops; none trains them all."""
     layer_decay: LayerDecay | None = None
     """Learning rate of each block over that of the block above it; see `finetune.layer_decay`."""
 
 
-class FromScratchSettings(RecipeSettings):
+class FromScratchSettings(LabelledSettings):
     """The same network on the same labels, without pretraining."""
 
-    epochs: PositiveInt = 30
-    batch_size: PositiveInt = 64
     base_lr: PositiveFloat = 1e-3
-    warmup_epochs: NonNegativeFloat = 3
-    patience: PositiveInt | None = None
-    """Epochs without a better val score after which training stops; none trains them all."""
     weights: Literal["normal", "xavier"] = "xavier"
     """How the first ones are drawn. A baseline of few labels gets far further with Xavier's; for
     pretraining the normal distribution of transformers gives the better features."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from data.splits import label_counts, train_size
 from training.configure import override
-from training.recipes import FinetuneSettings, FromScratchSettings
+from training.recipes import LabelledSettings
 from training.settings import Settings
 from training.stages import STAGES, Stage, plan, transfer_data
 from training.store import StageResult
@@ -123,7 +123,7 @@ def _recipes(settings: Settings, labels: int) -> Iterator[str]:
     `evaluation.least_steps` steps; warm-up and patience, which are counted in epochs, keep their
     proportion.
     """
-    recipes: dict[str, FinetuneSettings | FromScratchSettings] = {
+    recipes: dict[str, LabelledSettings] = {
         "finetune": settings.finetune,
         "from_scratch": settings.from_scratch,
     }
