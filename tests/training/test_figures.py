@@ -10,8 +10,11 @@ import pytest
 from training import figures
 from training.figures import BLUE, GREEN, PURPLE, VERMILLION, Bar, Drawing
 
-OKABE_ITO = {
+TOLS_PURPLE = "#aa3377"
+SAFE_COLOURS = {
+    # Okabe and Ito's.
     *("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"),
+    TOLS_PURPLE,  # of Paul Tol's "bright" scheme
 }
 
 METRICS = [
@@ -125,11 +128,11 @@ def test_colours_are_the_pages_or_safe_for_all_kinds_of_colour_vision(
     styles = " ".join(
         element.get("style", "") for element in ElementTree.fromstring(drawn[name].svg).iter()
     )
-    assert set(re.findall(r"#[0-9a-f]{6}", styles)) <= OKABE_ITO
+    assert set(re.findall(r"#[0-9a-f]{6}", styles)) <= SAFE_COLOURS
     assert "var(--faint)" in styles
 
 
-def test_the_three_colours_stand_out_on_white_and_on_black() -> None:
+def test_the_four_colours_stand_out_on_white_and_on_black() -> None:
     def luminance(colour: str) -> float:
         """Relative luminance as WCAG 2 defines it."""
         channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
@@ -137,7 +140,7 @@ def test_the_three_colours_stand_out_on_white_and_on_black() -> None:
         return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
     for colour in (BLUE, VERMILLION, GREEN, PURPLE):
-        assert colour in OKABE_ITO
+        assert colour in SAFE_COLOURS
         assert 1.05 / (luminance(colour) + 0.05) >= 3
         assert (luminance(colour) + 0.05) / 0.05 >= 3
 
