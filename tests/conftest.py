@@ -96,7 +96,7 @@ def tiny_run(tiny_folder: Path) -> dict[str, Any]:
         "finetune_all": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
         "from_scratch": {"epochs": 3, "batch_size": 7, "warmup_epochs": 1},
         "feature_analysis": {"knn_ks": [1, 3]},
-        "hardware": {"device": "cpu", "threads": 1},
+        "hardware": {"device": "cpu", "threads": 1, "precision": "float32"},
         "tracking": {"log_every_steps": 1, "wandb": "disabled"},
     }
 

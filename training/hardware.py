@@ -36,9 +36,10 @@ from training.store import write_atomically
 logger = logging.getLogger(__name__)
 
 WIDE_ENOUGH_FOR_BFLOAT16 = 256
-"""Narrowest network, by token width, that bfloat16 makes faster on CPU. On two cores with AVX-512
-bf16, bfloat16 over float32 in samples/s: 1.8 at width 512 with 8 blocks, 0.76 at width 128 with 4
-(transformers' ViT, torch 2.15)."""
+"""Narrowest network, by token width, that bfloat16 makes faster on a CPU that multiplies it in
+vectors. On two cores with AVX-512 bf16, bfloat16 over float32 in samples/s: 1.8 at width 512 with 8
+blocks, 0.76 at width 128 with 4. One that multiplies it in tiles (AMX) is faster with any: 1.5 to
+1.8 at width 128 with 4 blocks, 17 and 65 tokens (transformers' ViT, torch 2.15; EXPERIMENTS.md)."""
 
 COMPILING_PAYS = 1e17
 """Length of a training on a GPU, in floating-point operations, from which compiling its network
@@ -178,7 +179,8 @@ def decide(
         fast = (
             torch.cuda.is_bf16_supported(including_emulation=False)
             if device == "cuda"
-            else embed_dim >= WIDE_ENOUGH_FOR_BFLOAT16 and _cpu_computes_bfloat16()
+            else _cpu_has("amx_bf16")
+            or (_cpu_has("avx512_bf16") and embed_dim >= WIDE_ENOUGH_FOR_BFLOAT16)
         )
         precision = "bfloat16" if fast else "float32"
     return Hardware(
@@ -256,8 +258,8 @@ def describe() -> dict[str, str | int]:
     return facts
 
 
-def _cpu_computes_bfloat16() -> bool:
-    return any(f" {flag}" in _cpu_info("flags") for flag in ("avx512_bf16", "amx_bf16"))
+def _cpu_has(flag: str) -> bool:
+    return flag in _cpu_info("flags").split()
 
 
 def _cpu_model() -> str:

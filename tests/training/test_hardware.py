@@ -19,17 +19,21 @@ from training.stage_files import OutputsError
 COMPILED = Hardware(device="cpu", precision="float32", compile=True, threads=1)
 
 
-def test_a_narrow_network_stays_in_float32_on_cpu() -> None:
-    found = decide(HardwareSettings(device="cpu"), embed_dim=128)
-    assert (found.device, found.precision) == ("cpu", "float32")
-
-
-@pytest.mark.parametrize(("computes", "expected"), [(True, "bfloat16"), (False, "float32")])
-def test_a_wide_network_takes_bfloat16_where_the_processor_computes_in_it(
-    monkeypatch: pytest.MonkeyPatch, computes: bool, expected: str
+@pytest.mark.parametrize(
+    ("flags", "embed_dim", "expected"),
+    [
+        ("fma avx2", 512, "float32"),
+        ("avx2 avx512_bf16", 128, "float32"),
+        ("avx2 avx512_bf16", 512, "bfloat16"),
+        ("avx512_bf16 amx_bf16 amx_tile", 128, "bfloat16"),
+    ],
+)
+def test_bfloat16_is_taken_on_cpu_where_the_processor_makes_this_width_faster_with_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, embed_dim: int, expected: str
 ) -> None:
-    monkeypatch.setattr(hardware, "_cpu_info", lambda field: " avx512_bf16" * computes)
-    assert decide(HardwareSettings(device="cpu"), embed_dim=512).precision == expected
+    monkeypatch.setattr(hardware, "_cpu_info", lambda field: f" {flags}" * (field == "flags"))
+    found = decide(HardwareSettings(device="cpu"), embed_dim=embed_dim)
+    assert (found.device, found.precision) == ("cpu", expected)
 
 
 def test_what_is_set_is_taken() -> None:
