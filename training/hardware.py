@@ -125,7 +125,6 @@ def decide_once(
         OutputsError: If the stored decision cannot be read.
     """
     path = directory / "hardware.json"
-    hardware = decide(settings, embed_dim=embed_dim, operations=operations)
     if path.is_file():
         stored = _read(path)
         if stored.device == "cuda" and not torch.cuda.is_available():
@@ -134,10 +133,13 @@ def decide_once(
         if stored.compile and operations is not None and _missing_to_compile(stored.device):
             logger.warning("Started compiled, goes on without: results will differ in bytes.")
             stored = replace(stored, compile=False)
-        if stored != replace(hardware, compile=stored.compile):
+        # Whether to compile was decided at first; what it takes need not be here any more.
+        eager = decide(settings.model_copy(update={"compile": False}), embed_dim=embed_dim)
+        if stored != replace(eager, compile=stored.compile):
             logger.info("As its first attempt, the stage computes on %s.", stored)
         hardware = stored
     else:
+        hardware = decide(settings, embed_dim=embed_dim, operations=operations)
         write_atomically(path, json.dumps(asdict(hardware)).encode())
     torch.set_num_threads(hardware.threads)
     # NumPy's and scikit-learn's are pools of their own, which know no quota.
