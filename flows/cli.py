@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as leaving:  # --help
         return leaving.exit_code
     except usage_error as error:
-        return _fail(f"{_explain(error)} `rotvit --help` shows what there is.", EXIT_USER_ERROR)
+        where = error.ctx.command_path if error.ctx else "rotvit"
+        return _fail(f"{_explain(error)} `{where} --help` shows what there is.", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         return _fail(STOPPED, EXIT_INTERRUPTED)
     except KilledError as killed:

@@ -114,11 +114,11 @@ def test_version_is_printed(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["stauts"], "No such command 'stauts'. Did you mean 'status'?"),
+        (["stauts"], "No such command 'stauts'. Did you mean 'status'? `rotvit --help` shows"),
         (["xyzzy"], "No such command 'xyzzy'."),
         (["run", "--outptus", "x"], "No such option: --outptus. Did you mean --outputs?"),
         (["pretrain", "--sed", "3"], "No such option: --sed. Did you mean --seed?"),
-        (["pretrain", "--until", "report"], "No such option: --until."),
+        (["pretrain", "--until", "report"], "option: --until. `rotvit pretrain --help` shows"),
         (["run", "--seed", "three"], "'--seed'"),
         (["run", "--seed"], "'--seed' requires an argument"),
         (["run", "--seeds", "0"], "evaluation.seeds must be greater than or equal to 1, got 0"),
