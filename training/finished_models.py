@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import ModelError
-from training.stage_files import MODEL
+from training.stage_files import MODEL, sha256_of
 from training.stages import stage_named
+from training.store import StageResult
 
 ON_CLASSES = ("linear_probe", "finetune_1", "finetune_2", "finetune_all")
 """Stages with a model for classes that began with the pretraining; of equals the last is taken."""
@@ -87,7 +88,8 @@ def find_model(
 
     Raises:
         ConfigError: If `stage` names no stage.
-        ModelError: If there is no model, or a stage is asked of what is no run.
+        ModelError: If there is no model, if it is not as its stage made it, or if a stage is asked
+            of what is no run.
     """
     path = Path(place).expanduser()
     for directory in (path, path / MODEL):
@@ -97,9 +99,39 @@ def find_model(
                     f"--stage chooses among the models of a run, and {path} is one model. Leave "
                     "it out, or name the run."
                 )
+            # A model may have been copied to elsewhere, without its stage.
+            if directory.name == MODEL and (directory.parent / "result.json").is_file():
+                check_unchanged(directory.parent)
             return directory
     run = find_run(place, outputs)
-    return run.stage_directory(run.choose(stage, kind)) / MODEL
+    made = run.stage_directory(run.choose(stage, kind))
+    check_unchanged(made)
+    return made / MODEL
+
+
+def check_unchanged(directory: Path) -> None:
+    """Make sure that the files of a stage's model are those that it made.
+
+    Args:
+        directory: The stage's.
+
+    Raises:
+        ModelError: If one of them is missing or damaged, or the stage is not finished.
+    """
+    path = directory / "result.json"
+    try:
+        result = StageResult.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{directory} must be a finished stage, but its result.json cannot be read. Run the "
+            "stage again."
+        ) from error
+    for name, record in result.files.items():
+        file = directory / name
+        if name.startswith(f"{MODEL}/") and (
+            not file.is_file() or sha256_of(file) != record.sha256
+        ):
+            raise ModelError(f"{file} is missing or damaged. Run the stage again.")
 
 
 def find_run(place: str, outputs: Path) -> FinishedRun:

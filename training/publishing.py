@@ -14,14 +14,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from data.specs import public_source
-from models.errors import ModelError
 from models.export import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE
 from training.errors import PublishError
-from training.finished_models import FinishedRun
+from training.finished_models import FinishedRun, check_unchanged
 from training.model_card import render_card
 from training.settings import ConfigError
-from training.stage_files import MODEL, sha256_of
-from training.store import StageResult
+from training.stage_files import MODEL
 
 CARD = "README.md"
 
@@ -90,7 +88,7 @@ def assemble(
         raise ConfigError(f"--repo must be owner/name, got {repository!r}.")
     chosen = run.choose(stage)
     directory = run.stage_directory(chosen)
-    _check_unchanged(directory)
+    check_unchanged(directory)
     why = "" if stage or chosen == "pretrain" else "the best on val"
     card = render_card(run, chosen, repository=repository, why=why, data_licence=data_licence)
     model = directory / MODEL
@@ -184,24 +182,6 @@ def _in_words(error: BaseException, api: HfApi, repository: str) -> str:
         return f"{api.endpoint} has a problem of its own ({status}). Run the command again later."
     said = error.server_message or error.response.reason_phrase
     return f"{api.endpoint} refused it ({status}): {' '.join(said.split()).rstrip('.')}."
-
-
-def _check_unchanged(directory: Path) -> None:
-    """Make sure that the files of a stage's model are those that it made."""
-    path = directory / "result.json"
-    try:
-        result = StageResult.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{directory} must be a finished stage, but its result.json cannot be read. Run the "
-            "stage again."
-        ) from error
-    for name, record in result.files.items():
-        file = directory / name
-        if name.startswith(f"{MODEL}/") and (
-            not file.is_file() or sha256_of(file) != record.sha256
-        ):
-            raise ModelError(f"{file} is missing or damaged. Run the stage again.")
 
 
 def _public_results(results: Mapping[str, Any]) -> dict[str, Any]:

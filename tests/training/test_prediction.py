@@ -109,3 +109,17 @@ def test_a_model_is_found_by_run_stage_and_directory(finished_run: Path, tmp_pat
     finally:
         moved.rename(outputs)
     assert found == moved / wanted.relative_to(outputs)
+
+
+def test_a_model_that_is_not_as_its_stage_made_it_is_refused(finished_run: Path) -> None:
+    outputs = finished_run.parents[1]
+    model = find_model(finished_run.name, outputs, stage="from_scratch")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        for place, stage in ((finished_run.name, "from_scratch"), (str(model), None)):
+            with pytest.raises(ModelError, match=r"model\.safetensors is missing or damaged"):
+                find_model(place, outputs, stage=stage)
+    finally:
+        weights.write_bytes(whole)
