@@ -56,6 +56,35 @@ PRESETS: dict[str, Preset] = {
             "transfer": {"source": None},
         },
     ),
+    # Command: rotvit run --preset photos. What pretraining is worth on photos, without a GPU; the
+    # options are the best of EXPERIMENTS.md.
+    "photos": Preset(
+        summary="Imagenette photos at 64 px with a small network.",
+        needs="two cores for an hour or two; 200 MB of disk for the prepared images",
+        values={
+            "data": {"source": "imagenette", "crop_margin": 0.125},
+            "model": {
+                "image_size": 64,
+                "patch_size": 8,
+                "embed_dim": 128,
+                "depth": 4,
+                "num_heads": 4,
+            },
+            "pretrain": {
+                "epochs": 40,
+                "batch_size": 64,
+                "base_lr": 1e-3,
+                "warmup_epochs": 2,
+                "image_size": 48,
+                "crop_scale": 0.35,
+                "patch_rotation": 1.0,
+            },
+            "transfer": {"source": None, "finetune_all": True},
+            "finetune": {"epochs": 15, "base_lr": 4e-3, "warmup_epochs": 2},
+            "finetune_all": {"epochs": 15, "base_lr": 2e-3, "warmup_epochs": 2},
+            "from_scratch": {"epochs": 15, "base_lr": 4e-3, "warmup_epochs": 2},
+        },
+    ),
     # Command: rotvit run --preset imagenet. The mission; its optimiser settings are the defaults.
     "imagenet": Preset(
         summary="The mission: ImageNet-1k at 160 px for 5 epochs, transfer to Imagenette.",

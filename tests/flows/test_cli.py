@@ -286,7 +286,7 @@ def test_a_users_mistake_that_shows_late_is_still_a_users_mistake(
 def test_presets_are_listed_with_what_they_need(capsys: Capture) -> None:
     assert main(["presets"]) == 0
     text = capsys.readouterr().out
-    for name in ("drawn", "imagenette", "imagenet", "cifar10"):
+    for name in ("drawn", "imagenette", "photos", "imagenet", "cifar10"):
         assert re.search(rf"^{name} ", text, flags=re.MULTILINE)
     assert "HF_TOKEN" in text
 

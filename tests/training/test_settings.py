@@ -93,7 +93,7 @@ def test_values_are_read_as_people_write_them(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("preset=imagnet", "preset must be one of drawn, imagenette, imagenet, cifar10"),
+        ("preset=imagnet", "preset must be one of drawn, imagenette, photos, imagenet, cifar10"),
         ("preset=imagnet", "Did you mean imagenet?"),
         ("preset=[drawn]", "preset must be one of"),
         ("pretrain.epoch=3", "pretrain.epoch is not a setting. Did you mean pretrain.epochs?"),
