@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,13 @@ GROWTH, GROWTH_MIB = 0.1, 20.0
 FEW, MANY = 1000, 10_000
 """Images between which memory must stay flat. The ratio is measured on few."""
 
-MADE, LONG_SIDE_PX, QUALITY = 100, 500, 90
+MADE, LONG_SIDE_PX, QUALITY = 100, 500, 81
 """Files that are made where no photos are given, their longer side, and their quality."""
+
+SUBSAMPLINGS = ("4:4:4", "4:4:4", "4:4:4", "4:2:0")
+"""Of the colours of these files, in turn: of 200 original ones of ImageNet 77 % keep them whole. So
+the files have, on average, as many bytes as those (110 kB), as large squares (149,000 pixels), and
+4 % fewer pixels."""
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_originals(folder: Path, photos: Path | None) -> list[Path]:
-    """Write the files that are prepared: photos, or noise with a photo's spectrum and shapes."""
+    """Write the files that are prepared: photos, or noise in files like ImageNet's."""
     folder.mkdir()
     paths = []
     for number, content in enumerate(_noise() if photos is None else _photos(photos)):
@@ -126,10 +132,11 @@ def _photos(path: Path) -> Iterator[bytes]:
 
 def _noise() -> Iterator[bytes]:
     noise = NoiseSource(train=MADE, test=0, long_side_px=LONG_SIDE_PX, seed=0)
-    for record in noise.records("train"):
+    for record, subsampling in zip(noise.records("train"), cycle(SUBSAMPLINGS), strict=False):
         assert isinstance(record.image, bytes)
         file = io.BytesIO()
-        Image.open(io.BytesIO(record.image)).save(file, "JPEG", quality=QUALITY)
+        picture = Image.open(io.BytesIO(record.image))
+        picture.save(file, "JPEG", quality=QUALITY, subsampling=subsampling)
         yield file.getvalue()
 
 
