@@ -60,7 +60,7 @@ class StopRequest:
         signal.signal(PARENT_STOPS, self._on_parent)
         if parent is not None:
             signal.signal(PARENT_DIED, self._on_parent)
-            if not _hear_of_death(parent, PARENT_DIED):
+            if not hear_of_death(parent, PARENT_DIED):
                 self._asked = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -82,12 +82,12 @@ def end_with(parent: int | None) -> None:
     Args:
         parent: The process whose death counts (Linux only); none for no such process.
     """
-    if parent is not None and not _hear_of_death(parent, signal.SIGKILL):
+    if parent is not None and not hear_of_death(parent, signal.SIGKILL):
         raise InterruptedError("The process that asked for this stage has ended.")
 
 
-def _hear_of_death(parent: int, number: signal.Signals) -> bool:
-    """Ask the kernel for a signal when the parent dies; say whether it is still there."""
+def hear_of_death(parent: int, number: signal.Signals) -> bool:
+    """Ask the kernel for a signal when the parent dies (Linux only); say whether it still lives."""
     if sys.platform != "linux":
         return True
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number))
