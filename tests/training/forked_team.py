@@ -26,12 +26,13 @@ from training.stages import STAGES
 
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
-    # But for the verdict on a step, which the optimiser wants in float32.
+    # But for pixels, and for the verdict on a step, which the optimiser wants in float32.
     torch.Tensor.float = lambda values: values.to(  # type: ignore[method-assign]
-        torch.float32 if values.dtype == torch.bool else torch.float64
+        torch.float32 if values.dtype in (torch.bool, torch.uint8) else torch.float64
     )
-    normalise = loaders.normalise
-    loaders.normalise = lambda pixels: normalise(pixels).double()  # type: ignore[attr-defined]
+    loaders.Batch = lambda images, *others, **named: Batch(  # type: ignore[misc, assignment]
+        images.double(), *others, **named
+    )
 
 
 def change(index: int, options: dict[str, Any]) -> None:
