@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -285,3 +284,234 @@ def test_all_wait_while_another_run_computes_the_stage(
     said, _ = process.communicate(timeout=60)
     assert "Waiting for another run" in said
     assert said.splitlines()[-1] == "[0, 0]"
+
+
+def members() -> list[psutil.Process]:
+    """The processes of this one's stage that train; not their launcher."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "training.pretrain" in process.cmdline() and "RANK" in process.environ():
+                found.append(process)
+    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+
+def wait_until_it_trains(request: StageRequest, *, saved: bool = False) -> None:
+    path = request.directory / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.is_file() and path.stat().st_size):
+        assert time.monotonic() < deadline, "it does not train"
+        time.sleep(0.05)
+    while saved and newest_step(request.directory) is None:
+        time.sleep(0.05)
+
+
+def meanwhile(act: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=act)
+    thread.start()
+    return thread
+
+
+def gone(processes: list[psutil.Process], seconds: float) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
+    request_of: RequestOf,
+) -> None:
+    changes = merge(LONG, {"checkpoint": {"every_steps": 5}})
+    request = request_of(changes)
+    seen: list[psutil.Process] = []
+
+    def kill() -> None:
+        wait_until_it_trains(request, saved=True)
+        seen.extend(members())
+        seen[1].kill()
+
+    killer = meanwhile(kill)
+    with pytest.raises(StageFailedError, match=r"Process 1 of 2 was ended by SIGKILL \(the k"):
+        run_in_child(request)
+    killer.join()
+    assert gone(seen, 10)
+    reached = newest_step(request.directory)
+    assert reached is not None
+    assert reached >= 5
+
+    alone = request_of(merge(changes, {"hardware": {"processes": "auto"}}))
+    assert alone.directory == request.directory
+
+    def stop() -> None:
+        resumed = request.directory / "resumes.json"
+        while not resumed.is_file():
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "training.pretrain" in process.cmdline():
+                process.terminate()
+
+    stopper = meanwhile(stop)
+    with pytest.raises(StageStoppedError):
+        run_in_child(alone)
+    stopper.join()
+    further = newest_step(request.directory)
+    assert further is not None
+    assert further >= reached
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["one of them", "the launcher"])
+def test_all_save_and_end_when_one_or_the_launcher_is_told_to_stop(
+    request_of: RequestOf, told: str
+) -> None:
+    request = request_of(LONG)
+    seen: list[psutil.Process] = []
+
+    def stop() -> None:
+        wait_until_it_trains(request)
+        seen.extend(members())
+        launcher = seen[1].parent()
+        assert launcher is not None
+        (seen[1] if told == "one of them" else launcher).terminate()
+
+    stopper = meanwhile(stop)
+    with pytest.raises(StageStoppedError, match="saved its state"):
+        run_in_child(request)
+    stopper.join()
+    assert gone(seen, 10)
+    assert store.inspect(request).state == "partial"
+    assert len(list((request.directory / CHECKPOINTS).iterdir())) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_all_save_and_end_when_their_task_is_stopped_or_killed(
+    request_of: RequestOf, number: signal.Signals
+) -> None:
+    request = request_of(LONG)
+    code = (
+        "import sys; from pathlib import Path; from training.store import read_config;"
+        "from tasks.child_process import run_in_child;"
+        "run_in_child(read_config(Path(sys.argv[1])))"
+    )
+    task = subprocess.Popen(
+        [sys.executable, "-c", code, str(request.directory)], stderr=subprocess.DEVNULL
+    )
+    wait_until_it_trains(request)
+    seen = members()
+    assert len(seen) == 2
+    task.send_signal(number)
+    task.wait(timeout=40)
+    assert gone(seen, 30)
+    assert store.inspect(request).state == "partial"
+
+
+@pytest.mark.slow
+def test_a_stage_by_hand_starts_its_processes_and_ends_with_their_status(
+    request_of: RequestOf,
+) -> None:
+    request = request_of(
+        merge(LONG, {"pretrain": {"base_lr": 1e30, "clip_norm": None, "warmup_epochs": 0}})
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "training.pretrain", str(request.directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == launching.EXIT_USER_ERROR, done.stderr
+    assert "Lower pretrain.base_lr" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_nodes_find_each_other_and_train_together(request_of: RequestOf) -> None:
+    """Two launchers with a common address, as on two machines that share their outputs."""
+    request = request_of({"pretrain": {"epochs": 2}})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "ours"),
+        *("--local-addr", "127.0.0.1", "--no-python"),
+        *(sys.executable, "-P", "-m", "training.pretrain", str(request.directory)),
+    ]
+    nodes = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    result = store.inspect(request).result
+    assert result is not None
+    assert result.scores["total"] == 4 * 21
+    decided = json.loads((request.directory / "hardware.json").read_bytes())
+    assert decided["processes"] == 2
+    assert sum("pretrain is computed" in text for text in said) == 1
+
+
+@pytest.mark.parametrize(("batch", "parts", "possible"), [(12, 1, 6), (12, 3, 4), (7, 1, 7)])
+def test_as_many_gpus_are_used_as_divide_a_step(
+    monkeypatch: pytest.MonkeyPatch, batch: int, parts: int, possible: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    recipe = PretrainSettings(batch_size=batch, accumulation_steps=parts)
+    assert choose_processes(HardwareSettings(device="cuda"), recipe) == possible
+    assert choose_processes(HardwareSettings(device="cpu"), recipe) == 1
+    with pytest.raises(ConfigError, match=r"must divide a step's images .*, 5 do not\. Start"):
+        choose_processes(HardwareSettings(device="cpu", processes=5), recipe)
+
+
+def test_processes_that_do_not_divide_the_batches_are_refused_before_anything_is_computed() -> None:
+    with pytest.raises(ConfigError, match=r"divide pretrain\.batch_size \(32\).*processes=2\."):
+        build_settings("drawn", overrides=["hardware.processes=3"])
+    both = ["hardware.processes=4", "finetune.accumulation_steps=16"]
+    with pytest.raises(ConfigError, match=r"finetune\.accumulation_steps \(32 / 16\).*=2\."):
+        build_settings("drawn", overrides=both)
+    whole = build_settings("drawn", overrides=["finetune_all.batch_size=30"])
+    assert whole.hardware.processes == "auto"
+
+
+def test_few_labels_are_trained_on_in_one_process() -> None:
+    """Their batches are as small as there are labels, which no number of processes divides."""
+    overrides = ["hardware.processes=4", "evaluation.trained_curves=true"]
+    settings = build_settings("drawn", overrides=overrides)
+    data = StageResult(
+        stage="prepare_data",
+        key="",
+        directory=Path(),
+        status="cached",
+        wall_seconds=0,
+        digest="",
+        scores={"counts": {"train": 3334, "test": 1000}, "classes": ["a"] * 10},
+    )
+    found = {variant.name: variant for variant in variants(settings, {"prepare_data": data})}
+    assert found["30 labels"].settings.hardware.processes == 1
+    assert found["1500 labels"].settings.hardware.processes == 4
+
+
+def test_the_decision_of_another_number_of_processes_holds_but_for_their_threads(
+    tmp_path: Path,
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        wanted = HardwareSettings(device="cpu", precision="bfloat16", threads=2)
+        first = hardware.decide_once(tmp_path, wanted, embed_dim=16, processes=2)
+        later = HardwareSettings(device="cpu", precision="float32", threads=1)
+        alone = hardware.decide_once(tmp_path, later, embed_dim=16)
+        assert (alone.precision, alone.threads, alone.processes) == ("bfloat16", 1, 1)
+        assert hardware.decide_once(tmp_path, later, embed_dim=16, processes=2) == first
+    finally:
+        hardware.use_threads(before)
+
+
+def test_the_parts_of_what_is_divided_are_all_of_it_once() -> None:
+    numbers = np.arange(23)
+    for count in (1, 2, 5, 30):
+        parts = [Share(index, count).of_all(numbers) for index in range(count)]
+        assert np.concatenate(parts).tolist() == numbers.tolist()
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert Share(1, 4).of_batch(np.arange(8)).tolist() == [2, 3]
+    with pytest.raises(ValueError, match="no 4 equal parts"):
+        Share(0, 4).of_batch(np.arange(7))
