@@ -225,7 +225,7 @@ class Team:
     def _reduce(self, values: Tensor, how: "distributed.ReduceOp.RedOpType") -> list[float]:
         with self.contact():
             distributed.all_reduce(values, op=how)
-        return values.tolist()  # type: ignore[no-any-return]
+        return values.tolist()
 
 
 ALONE = Team()

@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from training import hardware
+from training.errors import EXIT_USER_ERROR
 from training.stopping import EXIT_RESUME, PARENT_DIED, PARENT_STOPS, hear_of_death
 
 logger = logging.getLogger(__name__)
-
-EXIT_USER_ERROR = 2
-"""Exit status where one of `USER_ERRORS` ended a stage."""
 
 
 def launch(
@@ -60,7 +58,8 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="rotvit-launcher-") as logs:
         options = ["--standalone", "--nproc-per-node", str(count), "--log-dir", logs]
         try:
-            run.run(run.parse_args([*options, "--no-python", *command]))
+            chosen = run.parse_args([*options, "--no-python", *command])  # type: ignore[no-untyped-call]
+            run.run(chosen)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
             failures: Mapping[int, ProcessFailure] = error.failures
             return _status_of(failures, count, tell)

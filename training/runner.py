@@ -28,8 +28,7 @@ from data.patience import DownloadError
 from training import attempts, data_parallel, hardware, launching, progress, stage_files, store
 from training.commit import describe_commit
 from training.data_parallel import ALONE, PeerError, Team, TeamError
-from training.errors import USER_ERRORS
-from training.launching import EXIT_USER_ERROR
+from training.errors import EXIT_USER_ERROR, USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
 from training.stages import STAGES, Stage
@@ -231,7 +230,7 @@ def _run(compute: Compute, options: argparse.Namespace) -> int:
                 if count > 1:
                     return _launch(stage, options, count, emit)
             if stage.resumes:
-                stop.listen(parent=parent)
+                stop.listen(parent=parent, passed_on=data_parallel.is_launched())
             else:  # nothing to save, nothing to wait for
                 end_with(parent)
             team = ALONE

@@ -49,14 +49,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._asked
 
-    def listen(self, *, parent: int | None = None) -> None:
+    def listen(self, *, parent: int | None = None, passed_on: bool = False) -> None:
         """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only.
 
         Args:
             parent: The process whose death counts (Linux only); none for no such process.
+            passed_on: Whether a parent passes on SIGTERM and SIGINT, which may reach this process
+                by themselves, too: then a second one stops nothing at once.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_parent if passed_on else self._on_signal)
         signal.signal(PARENT_STOPS, self._on_parent)
         if parent is not None:
             signal.signal(PARENT_DIED, self._on_parent)

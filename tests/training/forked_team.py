@@ -27,7 +27,7 @@ from training.stages import STAGES
 def compute_in_float64() -> None:
     torch.set_default_dtype(torch.float64)
     # But for pixels, and for the verdict on a step, which the optimiser wants in float32.
-    torch.Tensor.float = lambda values: values.to(  # type: ignore[method-assign]
+    torch.Tensor.float = lambda values: values.to(  # type: ignore[method-assign, assignment]
         torch.float32 if values.dtype in (torch.bool, torch.uint8) else torch.float64
     )
     loaders.Batch = lambda images, *others, **named: Batch(  # type: ignore[misc, assignment]
@@ -61,8 +61,8 @@ def change(index: int, options: dict[str, Any]) -> None:
             raise MemoryError("nothing left to save with")
         save(run)
 
-    loop._Run._step = step  # type: ignore[method-assign]
-    loop._Run._save_here = save_here  # type: ignore[method-assign]
+    loop._Run._step = step  # type: ignore[method-assign, assignment]
+    loop._Run._save_here = save_here  # type: ignore[method-assign, assignment]
 
 
 def run(directory: str, count: int, options: dict[str, Any]) -> list[int]:
