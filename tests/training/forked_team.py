@@ -39,7 +39,7 @@ def change(index: int, options: dict[str, Any]) -> None:
     if options.get("float64"):
         compute_in_float64()
     data_parallel.LOST_AFTER_SECONDS = options.get("lost_after", data_parallel.LOST_AFTER_SECONDS)
-    take_step, save = loop._Run._step, loop._Run._save_here
+    take_step, save, evaluate = loop._Run._step, loop._Run._save_here, loop._Run._evaluate
     events = {(step, what) for process, step, what in options.get("at", []) if process == index}
 
     def step(run: loop._Run, batch: Batch) -> None:
@@ -61,6 +61,12 @@ def change(index: int, options: dict[str, Any]) -> None:
             raise MemoryError("nothing left to save with")
         save(run)
 
+    def evaluate_here(run: loop._Run) -> dict[str, float]:
+        if (run.state.step, "stop in evaluation") in events:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run)
+
+    loop._Run._evaluate = evaluate_here  # type: ignore[method-assign, assignment]
     loop._Run._step = step  # type: ignore[method-assign, assignment]
     loop._Run._save_here = save_here  # type: ignore[method-assign, assignment]
 

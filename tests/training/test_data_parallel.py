@@ -24,6 +24,7 @@ from data.loaders import Share
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from training import attempts, hardware, stage_files, store
 from training.configure import build_settings, validate
+from training.data_parallel import Team
 from training.errors import EXIT_USER_ERROR
 from training.hardware import choose_processes
 from training.lock import locked
@@ -228,6 +229,18 @@ def test_a_resume_in_as_many_processes_ends_in_the_same_bytes(request_of: Reques
         for request in (whole, cut)
     }
     assert len(sums) == 1
+
+
+@pytest.mark.slow
+def test_all_leave_an_evaluation_in_which_one_is_told_to_stop(request_of: RequestOf) -> None:
+    request = request_of()
+    codes, said = forked(request, 2, at=[[1, 8, "stop in evaluation"]])
+    assert codes == [EXIT_RESUME] * 2, said
+    names = sorted(path.name for path in (request.directory / CHECKPOINTS).iterdir())
+    assert names[-1] == "step-00000008", "not evaluated"
+    assert forked(request, 2)[0] == [0, 0]
+    rows = (request.directory / "metrics.jsonl").read_text().splitlines()
+    assert sum("val/loss" in row for row in rows) == STEPS // 4, "each epoch once"
 
 
 @pytest.mark.slow
@@ -504,6 +517,12 @@ def test_the_decision_of_another_number_of_processes_holds_but_for_their_threads
         assert hardware.decide_once(tmp_path, later, embed_dim=16, processes=2) == first
     finally:
         hardware.use_threads(before)
+
+
+def test_dropout_draws_other_numbers_in_each_process_and_the_same_as_ever_in_one() -> None:
+    places = [Team().place, *(Team(index, 2).place for index in range(2)), Team(0, 4).place]
+    assert places[0] == ()
+    assert len(set(places)) == 4
 
 
 def test_the_parts_of_what_is_divided_are_all_of_it_once() -> None:
