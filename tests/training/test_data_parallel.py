@@ -32,7 +32,7 @@ from training.recipes import PretrainSettings
 from training.settings import ConfigError, HardwareSettings, Settings, merge
 from training.stage_files import CHECKPOINTS, checkpoint_step, newest_step
 from training.stages import STAGES
-from training.stopping import EXIT_RESUME
+from training.stopping import EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
 from training.variants import variants
 
@@ -244,9 +244,12 @@ def test_all_leave_an_evaluation_in_which_one_is_told_to_stop(request_of: Reques
 
 
 @pytest.mark.slow
-def test_a_step_that_one_process_cannot_use_is_skipped_by_all(request_of: RequestOf) -> None:
+@pytest.mark.parametrize("what", ["spoil", "infinite loss"])
+def test_a_step_that_one_process_cannot_use_is_skipped_by_all(
+    request_of: RequestOf, what: str
+) -> None:
     request = request_of({"pretrain": {"epochs": 2}})
-    codes, said = forked(request, 2, at=[[1, 3, "spoil"]])
+    codes, said = forked(request, 2, at=[[1, 3, what]])
     assert codes == [0, 0], said
     result = store.inspect(request).result
     assert result is not None
@@ -372,7 +375,7 @@ def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["one", "launcher", "everybody"])
+@pytest.mark.parametrize("told", ["one", "launcher", "everybody", "by its parent"])
 def test_all_save_and_end_whoever_is_told_to_stop(request_of: RequestOf, told: str) -> None:
     request = request_of(LONG)
     seen: list[psutil.Process] = []
@@ -382,6 +385,9 @@ def test_all_save_and_end_whoever_is_told_to_stop(request_of: RequestOf, told: s
         seen.extend(members())
         launcher = seen[1].parent()
         assert launcher is not None
+        if told == "by its parent":
+            launcher.send_signal(PARENT_STOPS)
+            return
         # A batch system tells everybody; those that train hear it twice, then.
         for process in {"one": seen[1:], "launcher": [launcher]}.get(told, [*seen, launcher]):
             process.terminate()
