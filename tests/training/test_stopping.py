@@ -87,7 +87,7 @@ def test_a_stop_passed_on_by_the_parent_does_not_count_as_a_second_one() -> None
 
 @pytest.mark.slow
 def test_a_signal_that_is_passed_on_besides_does_not_count_as_a_second_one() -> None:
-    """A batch system signals a launcher and its processes, and the launcher passes its signal on."""
+    """A batch system signals a launcher and its processes; the launcher passes its own on."""
     process = listener(saving_seconds=1, PASSED_ON="1")
     process.terminate()
     assert process.stdout is not None
