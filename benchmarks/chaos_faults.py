@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chaos_attempts import WAIT_SECONDS, Attempt, Try, fork, log_of
 
-from training import checkpoint, runner
+from training import checkpoint, errors
 from training.stopping import EXIT_RESUME
 
 
@@ -125,7 +125,7 @@ def full_disk(run: Try) -> bool:
         attempt.signal(signal.SIGKILL)
     code = attempt.wait()
     # To the end: the model cannot be written, and the message says so.
-    assert code in (runner.EXIT_USER_ERROR, -signal.SIGKILL), f"exit status {code}"
+    assert code in (errors.EXIT_USER_ERROR, -signal.SIGKILL), f"exit status {code}"
     return "cannot be saved" in log_of(run.request).read_text()
 
 

@@ -49,6 +49,41 @@ class Batch:
             yield Batch(self.images[rows], labels, self.ids[rows], self.epoch)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the images is read here, where several processes divide them.
+
+    Attributes:
+        index: Number of the part, from 0.
+        count: Parts in all.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of_batch(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the own part of a batch: one of `count` equal ones, in order.
+
+        Raises:
+            ValueError: If its images cannot be divided so.
+        """
+        size, rest = divmod(len(positions), self.count)
+        if rest:
+            raise ValueError(f"A batch of {len(positions)} images has no {self.count} equal parts.")
+        return positions[self.index * size : (self.index + 1) * size]
+
+    def of_all(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the own part of what is divided as equally as it can be, in order."""
+        first, end = (
+            len(positions) * place // self.count for place in (self.index, self.index + 1)
+        )
+        return positions[first:end]
+
+
+ALL = Share()
+"""All of the images, in one process."""
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of one epoch, a permutation of `0` to `num_samples - 1`."""
     numbers = np.arange(num_samples, dtype=np.int64)
@@ -71,13 +106,14 @@ class Batches:
         keep_on_device: bool = False,
         colour_jitter: float = 0.0,
         greyscale: float = 0.0,
+        share: Share = ALL,
     ) -> None:
         """Check that batches can be made.
 
         Args:
             subset: The images.
-            batch_size: Images per batch; the last images of an epoch that fill no batch are left
-                out, others each time.
+            batch_size: Images per batch, those of all parts together; the last images of an epoch
+                that fill no batch are left out, others each time.
             side: Side of the crop, in pixels: at a random place if the prepared images are
                 larger.
             flip: Mirror each image with probability one half.
@@ -88,6 +124,7 @@ class Batches:
             colour_jitter: Brightness, contrast and saturation of each image are multiplied by
                 factors between 1 minus this and 1 plus this; in [0, 1].
             greyscale: Probability in [0, 1] with which an image loses its colours.
+            share: The part of each batch that is made here.
             keep_on_device: Whether images stay on the device once they were there, so that they
                 are read from the host in the first epoch only. The batches are the same.
 
@@ -101,6 +138,7 @@ class Batches:
         self._crop_scale = crop_scale
         self._colour_jitter, self._greyscale = colour_jitter, greyscale
         self._resident = Resident(subset, device) if keep_on_device else None
+        self._share = share
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, from step `start_step`.
@@ -114,7 +152,8 @@ class Batches:
         Yields:
             `steps_per_epoch - start_step` batches.
         """
-        groups = _epoch_groups(len(self._subset), self._batch_size, self._seed, epoch, start_step)
+        batches = _epoch_groups(len(self._subset), self._batch_size, self._seed, epoch, start_step)
+        groups = [self._share.of_batch(batch) for batch in batches]
         for positions, pixels in _pixels(self._subset, groups, self._device, self._resident):
             ids = self._subset.indices[positions]
             images = self._augment(pixels, ids, epoch)
@@ -159,15 +198,16 @@ class Batches:
 
 
 def eval_batches(
-    subset: Subset, batch_size: int, side: int, device: torch.device
+    subset: Subset, batch_size: int, side: int, device: torch.device, share: Share = ALL
 ) -> Iterator[Batch]:
     """Yield every image exactly once, in order, cropped in the middle.
 
     Args:
         subset: The images.
-        batch_size: Images per batch; the last one may be smaller.
+        batch_size: Images per batch, those of all parts together; the last one may be smaller.
         side: Side of the crop, in pixels.
         device: Where the batches go.
+        share: The part of the images that is read here.
 
     Yields:
         Batches of epoch 0.
@@ -177,7 +217,8 @@ def eval_batches(
     """
     _check_side(subset, side)
     first = (subset.split.side - side) // 2
-    for positions, pixels in _pixels(subset, _groups_in_order(len(subset), batch_size), device):
+    groups = _groups_in_order(len(subset), batch_size, share)
+    for positions, pixels in _pixels(subset, groups, device):
         images = pixels[:, :, first : first + side, first : first + side]
         labels = _labels(subset, positions, device)
         yield Batch(normalise(images), labels, subset.indices[positions], epoch=0)
@@ -186,7 +227,15 @@ def eval_batches(
 class TokenBatches:
     """Training batches of kept tokens: of the same images in the same order as `Batches`."""
 
-    def __init__(self, tokens: Tokens, *, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        share: Share = ALL,
+    ) -> None:
         """Check that batches can be made.
 
         Args:
@@ -194,24 +243,28 @@ class TokenBatches:
             batch_size: Images per batch; see `Batches`.
             seed: Base seed of the order.
             device: Where the batches go; bfloat16 is sent there and widened there.
+            share: The part of each batch that is made here.
 
         Raises:
             DatasetError: If the images fill no batch.
         """
         self.steps_per_epoch = _steps_per_epoch(tokens.subset, batch_size)
         self._tokens, self._batch_size, self._seed = tokens, batch_size, seed
-        self._device = device
+        self._device, self._share = device, share
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch, from step `start_step`; see `Batches.epoch`."""
         count = len(self._tokens.subset)
-        groups = _epoch_groups(count, self._batch_size, self._seed, epoch, start_step)
+        batches = _epoch_groups(count, self._batch_size, self._seed, epoch, start_step)
+        groups = [self._share.of_batch(batch) for batch in batches]
         yield from _token_batches(self._tokens, groups, self._device, epoch)
 
 
-def token_eval_batches(tokens: Tokens, batch_size: int, device: torch.device) -> Iterator[Batch]:
+def token_eval_batches(
+    tokens: Tokens, batch_size: int, device: torch.device, share: Share = ALL
+) -> Iterator[Batch]:
     """Yield the tokens of every image exactly once, in order; see `eval_batches`."""
-    groups = _groups_in_order(len(tokens.subset), batch_size)
+    groups = _groups_in_order(len(tokens.subset), batch_size, share)
     yield from _token_batches(tokens, groups, device, epoch=0)
 
 
@@ -233,9 +286,10 @@ def _epoch_groups(
     return [order[step * batch_size : (step + 1) * batch_size] for step in steps]
 
 
-def _groups_in_order(count: int, batch_size: int) -> list[NDArray[np.int64]]:
-    order = np.arange(count, dtype=np.int64)
-    return [order[start : start + batch_size] for start in range(0, count, batch_size)]
+def _groups_in_order(count: int, batch_size: int, share: Share) -> list[NDArray[np.int64]]:
+    order = share.of_all(np.arange(count, dtype=np.int64))
+    size = max(1, batch_size // share.count)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _pixels(

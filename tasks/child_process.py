@@ -91,7 +91,8 @@ def _follow(stream: IO[str]) -> dict[str, Any]:
         elif "progress" in event:
             progress.report(progress.Progress(*event["progress"]))
         else:
-            last |= event
+            # Of several processes that fail, the first is the one that the others fail of.
+            last = {**event, **last}
     return last
 
 
@@ -128,11 +129,15 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
     if code == EXIT_RESUME:
         raise StageStoppedError(f"{request.title} was stopped and has saved its state.")
     reached = attempts.progress_on_disk(request)
+    if "killed" in events:
+        raise StageFailedError(f"{request.title} failed: {events['killed']}", reached=reached)
     if "error" in events:
         name, message = events["error"]["type"], events["error"]["message"]
         if name in ERRORS_BY_NAME:
             raise ERRORS_BY_NAME[name](message)
         raise StageFailedError(f"{request.title} failed with {name}: {message}", reached=reached)
+    if "lost" in events:
+        raise StageFailedError(f"{request.title} failed: {events['lost']}", reached=reached)
     if code == SERVER_DIED:
         raise StageFailedError(
             f"The server that {request.stage} was forked from has died, and the stage with it, "

@@ -274,7 +274,7 @@ def _made_with(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def _warn_of_differences(
     directory: Path, found: Mapping[str, Any], here: Mapping[str, Any]
 ) -> None:
-    for name in sorted({*found, *here}):
+    for name in sorted(found):  # what was not recorded then is not known
         if found.get(name) != here.get(name):
             logger.warning(
                 "%s was saved with %s %s, this is %s: the final bytes may differ from those of an "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,12 @@ class CheckpointWriter:
         }
         frozen = replace(snapshot, tensors=staged, state=dict(snapshot.state))
         self._writing = self._pool.submit(self._write, frozen)
+
+    def is_idle(self, seconds: float = 1.0) -> bool:
+        """Wait a little for what is being written; say whether nothing is."""
+        if self._writing is not None:
+            wait([self._writing], timeout=seconds)
+        return self._writing is None or self._writing.done()
 
     def wait(self) -> None:
         """Return when what was submitted is on disk, or has failed and been reported."""

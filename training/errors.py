@@ -36,5 +36,8 @@ USER_ERRORS = (
 )
 """Errors that a retry cannot mend and whose message says what to do."""
 
+EXIT_USER_ERROR = 2
+"""Exit status where one of these ended a stage."""
+
 ERRORS_BY_NAME = {error.__name__: error for error in USER_ERRORS}
 """The same, for messages from another process."""

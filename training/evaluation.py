@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from data.loaders import Batch
 from data.rotation import make_rotation_batch
+from training.data_parallel import ALONE, Team
 from training.hardware import Hardware
 from training.stopping import StopRequest
 
@@ -35,15 +36,17 @@ def evaluate(
     hardware: Hardware,
     stop: StopRequest,
     rotations: bool = False,
+    team: Team = ALONE,
 ) -> Score:
     """Score a classifier in eval mode; it is left there.
 
     Args:
         model: Maps images `(B, 3, S, S)` to an output with `logits` `(B, C)`.
-        batches: Every image once, in any order.
+        batches: Every image once, in any order; of several processes in one of them.
         hardware: Device and precision.
         stop: Asked after each batch.
         rotations: Score all four turns of each image against their turn, not the class.
+        team: The processes that divide the images; all get the score of all images.
 
     Raises:
         InterruptedError: If a stop was requested.
@@ -52,7 +55,7 @@ def evaluate(
     model.eval()
     correct = total = 0
     loss = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
+    for batch in team.until_stopped(batches, stop):
         images, labels = batch.images, batch.labels
         if rotations:
             images, labels = make_rotation_batch(images)
@@ -63,8 +66,9 @@ def evaluate(
         loss += functional.cross_entropy(logits, labels, reduction="sum").double().cpu()
         correct += int((logits.argmax(dim=1) == labels).sum())
         total += len(labels)
-        if stop:
-            raise InterruptedError("Stopped during an evaluation.")
-    if not total:
+    all_correct, all_images, all_loss = team.total(correct, total, float(loss))
+    if not all_images:
         raise ValueError("evaluate got no batches; is the split empty?")
-    return Score(correct=correct, total=total, loss=float(loss) / total)
+    return Score(
+        correct=int(all_correct), total=int(all_images), loss=float(all_loss) / int(all_images)
+    )

@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision, compilation and threads, decided once per stage key.
+"""What a run computes on: device, precision, compilation, threads; decided once per stage key.
 
 Another precision or number of threads gives other bytes, so the first attempt at a key stores its
 decision and a resume takes the stored one.
@@ -29,6 +29,7 @@ from transformers import ViTForImageClassification
 from data.processors import available_processors
 from data.splits import Subset
 from models.vit import choose_attention, to_device
+from training.recipes import RecipeSettings
 from training.settings import ConfigError, HardwareSettings
 from training.stage_files import OutputsError
 from training.store import write_atomically
@@ -66,6 +67,8 @@ class Hardware:
     precision: Literal["float32", "bfloat16"]
     compile: bool
     threads: int
+    processes: int = 1
+    """That divide the training; `threads` are those of each."""
 
     @property
     def torch_device(self) -> torch.device:
@@ -114,11 +117,13 @@ def decide_once(
     *,
     embed_dim: int,
     operations: float | None = None,
+    processes: int = 1,
 ) -> Hardware:
     """Take the decision stored in a stage's directory, or decide and store it; set the threads.
 
     What the stored decision takes and is not there any more, a CUDA device or a compiler, is done
-    without, with a warning. For the arguments see `decide`.
+    without, with a warning. The number of processes is what it is now, whatever it was. For the
+    arguments see `decide`.
 
     Raises:
         ConfigError: As `decide` does.
@@ -134,17 +139,30 @@ def decide_once(
             logger.warning("Started compiled, goes on without: results will differ in bytes.")
             stored = replace(stored, compile=False)
         # Whether to compile was decided at first; what it takes need not be here any more.
-        eager = decide(settings.model_copy(update={"compile": False}), embed_dim=embed_dim)
-        if stored != replace(eager, compile=stored.compile):
+        eager = settings.model_copy(update={"compile": False})
+        now = decide(eager, embed_dim=embed_dim, processes=processes)
+        if stored.processes != processes:
+            logger.info(
+                "Started in %d process(es), goes on in %d: results differ by their rounding.",
+                stored.processes,
+                processes,
+            )
+            stored = replace(stored, processes=processes, threads=now.threads)
+        if stored != replace(now, compile=stored.compile):
             logger.info("As its first attempt, the stage computes on %s.", stored)
         hardware = stored
     else:
-        hardware = decide(settings, embed_dim=embed_dim, operations=operations)
+        hardware = decide(settings, embed_dim=embed_dim, operations=operations, processes=processes)
         write_atomically(path, json.dumps(asdict(hardware)).encode())
-    torch.set_num_threads(hardware.threads)
-    # NumPy's and scikit-learn's are pools of their own, which know no quota.
-    threadpoolctl.threadpool_limits(hardware.threads)
+    use_threads(hardware.threads)
     return hardware
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute on so many threads."""
+    torch.set_num_threads(count)
+    # NumPy's and scikit-learn's are pools of their own, which know no quota.
+    threadpoolctl.threadpool_limits(count)
 
 
 def _read(path: Path) -> Hardware:
@@ -158,7 +176,11 @@ def _read(path: Path) -> Hardware:
 
 
 def decide(
-    settings: HardwareSettings, *, embed_dim: int, operations: float | None = None
+    settings: HardwareSettings,
+    *,
+    embed_dim: int,
+    operations: float | None = None,
+    processes: int = 1,
 ) -> Hardware:
     """Decide device, precision, compilation and threads.
 
@@ -167,15 +189,12 @@ def decide(
         embed_dim: Width of the network.
         operations: Floating-point operations of the whole training; none where nothing is trained,
             and so nothing is compiled.
+        processes: That divide them.
 
     Raises:
         ConfigError: If the network is to be compiled and what that needs is not here.
     """
-    device: Literal["cpu", "cuda"]
-    if settings.device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    else:
-        device = settings.device
+    device = _device(settings)
     precision = settings.precision
     if precision == "auto":
         fast = (
@@ -188,9 +207,48 @@ def decide(
     return Hardware(
         device=device,
         precision=precision,
-        compile=operations is not None and _compiles(settings, device, operations),
-        threads=settings.threads or _threads(),
+        compile=operations is not None and _compiles(settings, device, operations / processes),
+        threads=settings.threads or default_threads(),
+        processes=processes,
     )
+
+
+def choose_processes(settings: HardwareSettings, recipe: RecipeSettings) -> int:
+    """Decide how many processes of this machine divide a training.
+
+    Raises:
+        ConfigError: If so many are asked for that they cannot divide a step.
+    """
+    if settings.processes != "auto":
+        check_processes(settings.processes, recipe)
+        return settings.processes
+    if _device(settings) == "cpu":
+        return 1
+    there = torch.cuda.device_count()
+    count = recipe.most_processes(max(1, there))
+    if count < there:
+        logger.info("Of %d GPUs %d are used: so many divide a step equally.", there, count)
+    return count
+
+
+def check_processes(count: int, recipe: RecipeSettings) -> None:
+    """Raise if so many processes cannot divide a step equally.
+
+    Raises:
+        ConfigError: With a number that can.
+    """
+    possible = recipe.most_processes(count)
+    if possible != count:
+        raise ConfigError(
+            "The number of processes must divide a step's images (batch_size / accumulation_steps, "
+            f"{recipe.batch_size} / {recipe.accumulation_steps}), {count} do not. Start {possible}."
+        )
+
+
+def _device(settings: HardwareSettings) -> Literal["cpu", "cuda"]:
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
 
 
 def _compiles(
@@ -242,10 +300,11 @@ def keeps_images(settings: HardwareSettings, device: torch.device, *, images: Su
     return images.nbytes <= SHARE_FOR_IMAGES * free
 
 
-def _threads() -> int:
-    """Threads where none are set: a user, or a batch system, may ask for fewer than there could be.
+def default_threads() -> int:
+    """Return the threads of the computation where none are set.
 
-    `OMP_NUM_THREADS` is what torch itself goes by. Fewer, not more: that would be too many.
+    A user, or a batch system, may ask for fewer than there could be, by `OMP_NUM_THREADS`, which is
+    what torch itself goes by. Fewer, not more: that would be too many.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # then nested teams'
     usable = available_processors()

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -129,7 +129,17 @@ def train(context: StageContext, task: Task, *, seed: int) -> TrainState:
     return _Run(context, task, seed).train()
 
 
+@dataclass(frozen=True)
+class _Files:
+    """What the first of the processes that train together writes, and no other."""
+
+    metrics: MetricsFile
+    writer: CheckpointWriter
+
+
 class _Run:
+    files: _Files | None = None
+
     def __init__(self, context: StageContext, task: Task, seed: int) -> None:
         self.context = context
         self.task = task
@@ -152,34 +162,30 @@ class _Run:
         )
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         self.average = None if task.ema is None else WeightAverage(self.network, task.ema)
+        self.team = context.team
         self.made_with = asdict(context.hardware())
         self.started = self.saved_at = self.lap = time.monotonic()
         self.state = TrainState()
 
     def train(self) -> TrainState:
-        saved = checkpoint.load_newest(self.root, identity=self.identity, made_with=self.made_with)
+        saved = self.team.from_first(
+            lambda: checkpoint.load_newest(
+                self.root, identity=self.identity, made_with=self.made_with
+            )
+        )
         if saved:
             self._restore(saved)
         step = self.state.step
-        note_start(self.context.directory, step=step, epoch=step / self.task.steps_per_epoch)
+        if self.team.is_first:
+            note_start(self.context.directory, step=step, epoch=step / self.task.steps_per_epoch)
         self.guard = StepGuard(
             self.trained[0].device,
             limit=self.context.settings.checkpoint.max_skipped_steps,
             skipped=self.state.skipped_steps,
         )
-        with (
-            MetricsFile(
-                self.context.directory, position=saved.state["tracker"] if saved else None
-            ) as metrics,
-            CheckpointWriter(
-                self.root,
-                identity=self.identity,
-                made_with=self.made_with,
-                saved_step=saved.step if saved else None,
-            ) as writer,
-            self._memory_explained(),
-        ):
-            self.metrics, self.writer = metrics, writer
+        with ExitStack() as files, self.team.contact(), self._memory_explained():
+            if self.team.is_first:
+                self.files = self._open_files(files, saved)
             while not self._is_finished():
                 if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
                     self._end_epoch()
@@ -191,6 +197,23 @@ class _Run:
             self.network.load_state_dict(self.state.best_weights)
         self._count_time()
         return self.state
+
+    def _open_files(self, files: ExitStack, saved: Snapshot | None) -> "_Files":
+        return _Files(
+            files.enter_context(
+                MetricsFile(
+                    self.context.directory, position=saved.state["tracker"] if saved else None
+                )
+            ),
+            files.enter_context(
+                CheckpointWriter(
+                    self.root,
+                    identity=self.identity,
+                    made_with=self.made_with,
+                    saved_step=saved.step if saved else None,
+                )
+            ),
+        )
 
     def _is_finished(self) -> bool:
         state, task = self.state, self.task
@@ -217,7 +240,7 @@ class _Run:
             peak_lr=self.peak_lr,
         )
         optim.set_learning_rate(self.optimizer, lr)
-        torch.manual_seed(derive_seed(self.seed, "dropout", state.step))
+        torch.manual_seed(derive_seed(self.seed, "dropout", state.step, *self.team.place))
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batch)
         gradients = [p.grad for p in self.trained if p.grad is not None]
@@ -227,6 +250,7 @@ class _Run:
         # Fused AdamW skips the step where this is 1; see StepGuard.
         self.optimizer.found_inf = self.guard.found_inf(loss, norm)  # type: ignore[attr-defined]
         self.optimizer.step()
+        self.team.hurry()
         if self.average:
             self.average.update(state.step)
         state.step += 1
@@ -237,11 +261,12 @@ class _Run:
         """Add up the gradients of a batch, part by part; return its mean loss."""
         parts = self.task.recipe.accumulation_steps
         total = torch.zeros((), device=batch.images.device)
-        for part in batch.parts(parts):
-            loss = self.task.compute_loss(part) / parts
-            loss.backward()  # type: ignore[no-untyped-call]
+        for number, part in enumerate(batch.parts(parts), start=1):
+            with nullcontext() if number == parts else self.team.keeping_gradients():
+                loss = self.task.compute_loss(part) / parts
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return total
+        return self.team.mean(total)
 
     @contextmanager
     def _memory_explained(self) -> Iterator[None]:
@@ -272,7 +297,8 @@ class _Run:
         metrics = {"train/loss": loss, "train/lr": lr}
         if self.state.skipped_steps:
             metrics["train/skipped_steps"] = self.state.skipped_steps
-        self.metrics.log(metrics, step=step, epoch=epoch)
+        if self.files:
+            self.files.metrics.log(metrics, step=step, epoch=epoch)
         self._report(f"epoch {math.ceil(epoch)}, loss {loss:.3f}")
 
     def _report(self, detail: str) -> None:
@@ -306,7 +332,8 @@ class _Run:
                 scores = self._evaluate()
         except InterruptedError:  # asked to stop: the evaluation is done again after a resume
             self._save_and_leave()
-        self.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
+        if self.files:
+            self.files.metrics.log(scores, step=state.step, epoch=float(state.evaluated_epochs))
         logger.info(
             "%s: epoch %d of %d, %s",
             self.context.request.title,
@@ -333,18 +360,32 @@ class _Run:
 
     def _save_if_due(self) -> None:
         rule = self.context.settings.checkpoint
-        if self.context.stop:
+        late = time.monotonic() - self.saved_at >= rule.every_seconds
+        asked, due = self.team.any_of(bool(self.context.stop), late)
+        if asked:
             self._save_and_leave()
-        due = time.monotonic() - self.saved_at >= rule.every_seconds
         if due or (rule.every_steps and self.state.step % rule.every_steps == 0):
             self._save()  # also where an epoch ends: evaluating it can take long
 
     def _save_and_leave(self) -> NoReturn:
         self._save()
-        self.writer.wait()
-        raise Stopped(self.state.step, saved_step=self.writer.saved_step) from None
+        self._let_write()
+        saved_step = self.files.writer.saved_step if self.files else None
+        raise Stopped(self.state.step, saved_step=saved_step) from None
 
     def _save(self) -> None:
+        self._let_write()
+        with self.team.together():
+            self._save_here()
+
+    def _let_write(self) -> None:
+        """Wait until what was saved before is on disk, or has failed and been reported."""
+        files = self.files
+        self.team.wait_for_first(lambda: files is not None and files.writer.is_idle())
+        if files:
+            files.writer.wait()
+
+    def _save_here(self) -> None:
         self._check_guard()
         if self.guard.last_was_skipped():
             return  # perhaps the first of many: what is saved must be good to go on from
@@ -355,10 +396,13 @@ class _Run:
                 f"{self.context.request.title}. The last good checkpoint is kept. Lower "
                 f"{self.task.section}.base_lr, or raise {self.task.section}.warmup_epochs."
             )
+        if not self.files:
+            self.saved_at = time.monotonic()
+            return
         try:
-            position = self.metrics.position()
+            position = self.files.metrics.position()
         except OSError as error:
-            self.writer.report_failure(self.state.step, error)
+            self.files.writer.report_failure(self.state.step, error)
             return
         snapshot = Snapshot(
             step=self.state.step,
@@ -371,7 +415,7 @@ class _Run:
             },
             state={**self.state.to_plain(), "tracker": position},
         )
-        self.writer.submit(snapshot)
+        self.files.writer.submit(snapshot)
         self.saved_at = time.monotonic()
 
     def _restore(self, saved: Snapshot) -> None:

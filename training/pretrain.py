@@ -56,6 +56,7 @@ def compute(context: StageContext) -> StageOutcome:
         colour_jitter=recipe.colour_jitter,
         greyscale=recipe.greyscale,
         keep_on_device=keeps_images(settings.hardware, device, images=splits.train),
+        share=context.team.share,
     )
 
     network: nn.Module = model
@@ -66,7 +67,7 @@ def compute(context: StageContext) -> StageOutcome:
             patches=recipe.patch_rotation > 0,
             seed=derive_seed(settings.seed, "heads"),
         )
-    forward = hardware.for_training(network, cache=context.compile_cache)
+    forward = context.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
         seen = as_pretrained_on(batch.images, settings)
@@ -102,13 +103,20 @@ def compute(context: StageContext) -> StageOutcome:
         return functional.cross_entropy(answers.logits.float().flatten(0, 1), turns.flatten())
 
     def score(subset: Subset) -> Score:
-        batches = eval_batches(subset, batch_size=recipe.batch_size, side=side, device=device)
+        batches = eval_batches(
+            subset,
+            batch_size=recipe.batch_size,
+            side=side,
+            device=device,
+            share=context.team.share,
+        )
         return evaluate(
             model,
             (replace(each, images=as_pretrained_on(each.images, settings)) for each in batches),
             hardware=hardware,
             stop=context.stop,
             rotations=True,
+            team=context.team,
         )
 
     def evaluate_on_val() -> dict[str, float]:
@@ -132,12 +140,13 @@ def compute(context: StageContext) -> StageOutcome:
         seed=settings.seed,
     )
     test = score(splits.test)
-    save_model(
-        model,
-        context.directory / "model",
-        image_size=shown,
-        prepared_size=round(settings.prepared_size * shown / side),
-    )
+    if context.team.is_first:
+        save_model(
+            model,
+            context.directory / "model",
+            image_size=shown,
+            prepared_size=round(settings.prepared_size * shown / side),
+        )
     return StageOutcome(
         scores={
             "rotation_accuracy": test.accuracy,

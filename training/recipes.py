@@ -38,6 +38,11 @@ class RecipeSettings(Section):
     """Parts that each step's batch is computed in, one after the other, before one update: the
     same samples per step in less memory. Must divide `batch_size`."""
 
+    def most_processes(self, limit: int) -> int:
+        """Return the largest number of processes, up to a limit, that can divide each step."""
+        images = self.batch_size // self.accumulation_steps
+        return next(count for count in range(limit, 0, -1) if images % count == 0)
+
     @model_validator(mode="after")
     def _parts_are_equal(self) -> Self:
         if self.batch_size % self.accumulation_steps:

@@ -14,28 +14,29 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from data.patience import DownloadError
-from training import attempts, hardware, progress, stage_files, store
+from training import attempts, data_parallel, hardware, launching, progress, stage_files, store
 from training.commit import describe_commit
-from training.errors import USER_ERRORS
+from training.data_parallel import ALONE, PeerError, Team, TeamError
+from training.errors import EXIT_USER_ERROR, USER_ERRORS
 from training.lock import locked
 from training.settings import Settings
-from training.stages import STAGES
+from training.stages import STAGES, Stage
 from training.stopping import EXIT_RESUME, Stopped, StopRequest, end_with
 from training.store import StageRequest, StageResult
 from training.wandb_process import Tracking
 
 logger = logging.getLogger(__name__)
-
-EXIT_USER_ERROR = 2
-"""Exit status where one of `USER_ERRORS` ended a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class StageContext:
 
     request: StageRequest
     stop: StopRequest
+    team: Team = ALONE
+    """The processes that compute it together."""
 
     @property
     def settings(self) -> Settings:
@@ -93,17 +96,29 @@ class StageContext:
                 where nothing is trained. Must be given before a stored decision is asked for.
         """
         model = self.settings.model
-        return hardware.decide_once(
-            self.directory,
-            self.settings.hardware,
-            embed_dim=model.embed_dim,
-            operations=None if passes is None else passes * model.operations_per_image,
+        found = self.team.from_first(
+            lambda: hardware.decide_once(
+                self.directory,
+                self.settings.hardware,
+                embed_dim=model.embed_dim,
+                operations=None if passes is None else passes * model.operations_per_image,
+                processes=self.team.count,
+            )
         )
+        hardware.use_threads(found.threads)  # in all of them
+        return found
+
+    def for_training(self, network: nn.Module) -> Callable[..., Any]:
+        """Return what calls a network in a training step, in all processes that train it."""
+        parallel = self.team.parallel(network)
+        return self.hardware().for_training(parallel, cache=self.compile_cache)
 
     def progress(
         self, done: int, total: int, unit: str, detail: str = "", resumed_from: int = 0
     ) -> None:
         """Report how far the stage is."""
+        if not self.team.is_first:
+            return
         stage = self.request.title
         progress.report(progress.Progress(stage, done, total, unit, detail, resumed_from))
 
@@ -112,11 +127,18 @@ Compute = Callable[[StageContext], StageOutcome]
 
 
 def run_stage(
-    request: StageRequest, compute: Compute, stop: StopRequest | None = None
+    request: StageRequest, compute: Compute, stop: StopRequest | None = None, team: Team = ALONE
 ) -> StageResult:
     """Return a stage's result: the one that is there, or a new one.
 
     Of two processes that ask for the same key at once, one computes and the other waits.
+
+    Args:
+        request: For the stage.
+        compute: What the stage computes.
+        stop: Whether somebody asks for an early end.
+        team: The processes that compute together, of which this one is the first; the others are in
+            `help_with_stage`.
 
     Raises:
         Stopped: If `stop` was requested; the state is saved.
@@ -126,16 +148,12 @@ def run_stage(
     """
     # Not `or`: a request that nobody has made yet is false.
     stop = StopRequest() if stop is None else stop
-    with (
-        stage_files.full_disk_explained(request.outputs),
-        locked(attempts.lock_path(request), what=request.title, give_up=lambda: bool(stop)),
-    ):
-        found = attempts.begin(request)
+    with stage_files.full_disk_explained(request.outputs), _begun(request, stop, team) as found:
         if found:
             return found
         started = time.monotonic()
         with Tracking(request) as tracking:
-            outcome = compute(StageContext(request, stop))
+            outcome = compute(StageContext(request, stop, team))
             result = _finish(request, outcome, seconds=time.monotonic() - started)
             tracking.done()
         if request.stage != "pretrain":  # its last checkpoint is worth its place on the disk
@@ -143,8 +161,38 @@ def run_stage(
         return result
 
 
+def help_with_stage(request: StageRequest, compute: Compute, stop: StopRequest, team: Team) -> None:
+    """Compute a stage's part of a process that is not the first; see `run_stage`."""
+    if team.may_begin(stop):
+        compute(StageContext(request, stop, team))
+
+
+@contextmanager
+def _begun(request: StageRequest, stop: StopRequest, team: Team) -> Iterator[StageResult | None]:
+    """Hold a stage's lock for the `with` block, and give the result that is there already."""
+    with ExitStack() as held:
+        begins = False
+        try:
+            held.enter_context(
+                locked(
+                    attempts.lock_path(request),
+                    what=request.title,
+                    give_up=lambda: team.is_asked_while_waiting(stop),
+                )
+            )
+            found = attempts.begin(request)
+            begins = found is None
+        finally:
+            team.let_begin(begins)
+        yield found
+
+
 def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     """Run a stage in this process, from the `config.yaml` in its directory.
+
+    A training for which the settings ask for several processes is run in these, under torch's
+    elastic launcher. A process that the launcher has started, this one's or another, finds the
+    others and runs its part; it ends here.
 
     Returns:
         The exit status: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
@@ -154,20 +202,53 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--events", action="store_true", help="write JSON lines for a parent")
     parser.add_argument("--parent", type=int, help="process to end with, once the state is saved")
     options = parser.parse_args(arguments)
-    _log_to_stdout(events=options.events)
+    if not data_parallel.is_launched():
+        _log_to_stdout(events=options.events)
+        return _run(compute, options)
+    is_first = os.environ["RANK"] == "0"
+    _log_to_stdout(events=options.events, level=logging.INFO if is_first else logging.ERROR)
+    code = _run(compute, options)
+    # Without waiting for anything: a backend may wait for processes that are gone.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _run(compute: Compute, options: argparse.Namespace) -> int:
     stop = StopRequest()
     emit = _emit if options.events else lambda **event: None
     try:
         with progress.listening(lambda item: emit(progress=astuple(item))):
             request = store.read_config(options.directory)
-            if STAGES[request.stage].resumes:
-                stop.listen(parent=options.parent)
+            stage, parent = STAGES[request.stage], options.parent
+            recipe = getattr(request.settings, stage.recipe) if stage.recipe else None
+            if data_parallel.is_launched():
+                parent = os.getppid()  # the launcher, which ends when ours does
+            elif recipe:
+                count = hardware.choose_processes(request.settings.hardware, recipe)
+                if count > 1:
+                    return _launch(stage, options, count, emit)
+            if stage.resumes:
+                stop.listen(parent=parent, passed_on=data_parallel.is_launched())
             else:  # nothing to save, nothing to wait for
-                end_with(options.parent)
-            result = run_stage(request, compute, stop)
+                end_with(parent)
+            team = ALONE
+            if recipe and data_parallel.is_launched():
+                team = data_parallel.join()
+                hardware.check_processes(team.count, recipe)
+            if not team.is_first:
+                help_with_stage(request, compute, stop, team)
+                return 0
+            result = run_stage(request, compute, stop, team)
     except (Stopped, InterruptedError) as stopped:
         logger.info("%s", stopped)
         return EXIT_RESUME
+    except TeamError as error:
+        logger.error("%s", error)
+        if not isinstance(error, PeerError):  # or the other one says more
+            emit(lost=str(error))
+        return 1
     except USER_ERRORS as error:
         emit(error={"type": type(error).__name__, "message": str(error)})
         if not options.events:
@@ -185,6 +266,23 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     emit(result=result.model_dump(mode="json"))
     logger.info("%s is %s: %s", request.title, result.status, result.directory)
     return 0
+
+
+def _launch(
+    stage: Stage, options: argparse.Namespace, count: int, emit: Callable[..., None]
+) -> int:
+    def tell(message: str) -> None:
+        emit(killed=message)
+        if not options.events:
+            logger.error("%s", message)
+
+    return launching.launch(
+        f"training.{stage.module or stage.name}",
+        [str(options.directory), *(["--events"] if options.events else [])],
+        count,
+        parent=options.parent,
+        tell=tell,
+    )
 
 
 def _finish(request: StageRequest, outcome: StageOutcome, *, seconds: float) -> StageResult:
@@ -244,9 +342,9 @@ class _EventHandler(logging.Handler):
         _emit(log=[record.levelno, record.name, record.getMessage()])
 
 
-def _log_to_stdout(*, events: bool) -> None:
+def _log_to_stdout(*, events: bool, level: int = logging.INFO) -> None:
     handler: logging.Handler = _EventHandler() if events else logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for name in ("training", "models", "data"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(level)
     logging.getLogger().addHandler(handler)

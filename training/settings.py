@@ -19,6 +19,7 @@ from training.recipes import (
     FromScratchSettings,
     LinearProbeSettings,
     PretrainSettings,
+    RecipeSettings,
 )
 from training.section import Fraction, PositiveFloat, PositiveInt, Section
 
@@ -188,10 +189,16 @@ class HardwareSettings(Section):
     (`finetune.flip=false`, no `finetune.crop_scale`, `data.crop_margin=0`): auto does it there if
     what is kept takes at most 16 GiB and half of the free disk, always does it whatever the
     size."""
+    processes: Literal["auto"] | PositiveInt = "auto"
+    """Processes that a training is divided among, on one machine: each computes an equal part of
+    every batch, on a GPU of its own where there are GPUs. Must divide the batches (and their
+    `accumulation_steps`). Auto takes as many as there are GPUs, or fewer that divide, and one on a
+    CPU. No part of a key: another number goes on where this one stopped, and changes results by
+    their rounding, and the numbers that dropout draws."""
     threads: PositiveInt | None = None
-    """CPU threads of the computation, and of decoding. None takes the processors that this process
-    may use by its affinity and the quotas of its control groups, and for the computation no more
-    than `OMP_NUM_THREADS`, where that is set."""
+    """CPU threads of the computation (of each process of it), and of decoding. None takes the
+    processors that this process may use by its affinity and the quotas of its control groups, and
+    for the computation no more than `OMP_NUM_THREADS`, where that is set."""
 
 
 class TrackingSettings(Section):
@@ -263,6 +270,29 @@ class Settings(Section):
                 f"data.crop_margin={self.data.crop_margin:g}. Set finetune.flip=false, "
                 "finetune.crop_scale=none and data.crop_margin=0, or hardware.frozen_tokens=auto."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _processes_divide_batches(self) -> Self:
+        count = self.hardware.processes
+        if count == "auto":
+            return self
+        sections = ["pretrain", "finetune", "from_scratch"]
+        sections += ["finetune_all"] if self.transfer.finetune_all else []
+        for section in sections:
+            recipe: RecipeSettings = getattr(self, section)
+            if recipe.batch_size % (count * recipe.accumulation_steps):
+                raise ValueError(
+                    f"hardware.processes must divide {section}.batch_size"
+                    + (
+                        f" / {section}.accumulation_steps ({recipe.batch_size} / "
+                        f"{recipe.accumulation_steps})"
+                        if recipe.accumulation_steps > 1
+                        else f" ({recipe.batch_size})"
+                    )
+                    + f", or the parts of a step would differ; got {count}. Try "
+                    f"hardware.processes={recipe.most_processes(count)}."
+                )
         return self
 
     @property

@@ -34,7 +34,8 @@ class Stage:
         version: Numerics version: raised by hand when the same settings would give another
             result. A test with golden losses fails when results change and this was not raised.
         resumes: Whether an attempt that is told to stop saves what the next one goes on from.
-        trains: Whether it is a long training, of which a GPU takes one at a time.
+        recipe: Section of the settings that says how it trains: a long training, of which a GPU
+            takes one at a time; nothing where it is none.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
     """
@@ -46,9 +47,14 @@ class Stage:
     reads_where_set: tuple[str, ...] = ()
     version: int = 1
     resumes: bool = False
-    trains: bool = False
+    recipe: str = ""
     module: str = ""
     directory: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a long training."""
+        return bool(self.recipe)
 
 
 def transfer_data(settings: "Settings") -> str:
@@ -149,7 +155,7 @@ _ALL = (
         needs=_needs_pretrain,
         version=3,
         resumes=True,
-        trains=True,
+        recipe="pretrain",
     ),
     Stage(
         name="features",
@@ -183,7 +189,7 @@ _ALL = (
         needs=_needs_finetune,
         version=2,
         resumes=True,
-        trains=True,
+        recipe="finetune",
         module="finetune",
     ),
     Stage(
@@ -194,7 +200,7 @@ _ALL = (
         needs=_needs_finetune_2,
         version=2,
         resumes=True,
-        trains=True,
+        recipe="finetune",
         module="finetune",
     ),
     Stage(
@@ -203,7 +209,7 @@ _ALL = (
         reads=("seed", "finetune_all", *_ARITHMETIC, *_LABELLED),
         needs=lambda settings: {"start": "linear_probe", "data": transfer_data(settings)},
         resumes=True,
-        trains=True,
+        recipe="finetune_all",
         module="finetune",
     ),
     Stage(
@@ -214,7 +220,7 @@ _ALL = (
         needs=lambda settings: {"data": transfer_data(settings)},
         version=3,
         resumes=True,
-        trains=True,
+        recipe="from_scratch",
     ),
     Stage(
         name="feature_analysis",

@@ -49,18 +49,20 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self._asked
 
-    def listen(self, *, parent: int | None = None) -> None:
+    def listen(self, *, parent: int | None = None, passed_on: bool = False) -> None:
         """Take SIGTERM, SIGINT and the parent's death as requests. Main thread only.
 
         Args:
             parent: The process whose death counts (Linux only); none for no such process.
+            passed_on: Whether a parent passes on SIGTERM and SIGINT, which may reach this process
+                by themselves, too: then a second one stops nothing at once.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_parent if passed_on else self._on_signal)
         signal.signal(PARENT_STOPS, self._on_parent)
         if parent is not None:
             signal.signal(PARENT_DIED, self._on_parent)
-            if not _hear_of_death(parent, PARENT_DIED):
+            if not hear_of_death(parent, PARENT_DIED):
                 self._asked = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -82,12 +84,12 @@ def end_with(parent: int | None) -> None:
     Args:
         parent: The process whose death counts (Linux only); none for no such process.
     """
-    if parent is not None and not _hear_of_death(parent, signal.SIGKILL):
+    if parent is not None and not hear_of_death(parent, signal.SIGKILL):
         raise InterruptedError("The process that asked for this stage has ended.")
 
 
-def _hear_of_death(parent: int, number: signal.Signals) -> bool:
-    """Ask the kernel for a signal when the parent dies; say whether it is still there."""
+def hear_of_death(parent: int, number: signal.Signals) -> bool:
+    """Ask the kernel for a signal when the parent dies (Linux only); say whether it still lives."""
     if sys.platform != "linux":
         return True
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number))

@@ -67,15 +67,20 @@ def train_classifier(
     hardware = context.hardware(passes=recipe.epochs * len(images.train) * passes)
     device, side = hardware.torch_device, settings.model.image_size
     drop_paths(hardware.place(model), recipe.drop_path)
+    team = context.team
     network: nn.Module
     batches: Batches | TokenBatches
     val_batches: Callable[[], Iterable[Batch]]
     if tokens:
         network = LastBlocks(model, tokens.blocks)
         batches = TokenBatches(
-            tokens.train, batch_size=recipe.batch_size, seed=settings.seed, device=device
+            tokens.train,
+            batch_size=recipe.batch_size,
+            seed=settings.seed,
+            device=device,
+            share=team.share,
         )
-        val_batches = partial(token_eval_batches, tokens.val, recipe.batch_size, device)
+        val_batches = partial(token_eval_batches, tokens.val, recipe.batch_size, device, team.share)
     else:
         network = model
         batches = Batches(
@@ -87,9 +92,10 @@ def train_classifier(
             device=device,
             crop_scale=recipe.crop_scale,
             keep_on_device=keeps_images(settings.hardware, device, images=images.train),
+            share=team.share,
         )
-        val_batches = partial(eval_batches, images.val, recipe.batch_size, side, device)
-    forward = hardware.for_training(network, cache=context.compile_cache)
+        val_batches = partial(eval_batches, images.val, recipe.batch_size, side, device, team.share)
+    forward = context.for_training(network)
 
     def compute_loss(batch: Batch) -> Tensor:
         assert batch.labels is not None  # the labelled images of a transfer source
@@ -98,7 +104,7 @@ def train_classifier(
         return functional.cross_entropy(logits.float(), batch.labels)
 
     def evaluate_on_val() -> dict[str, float]:
-        found = evaluate(network, val_batches(), hardware=hardware, stop=context.stop)
+        found = evaluate(network, val_batches(), hardware=hardware, stop=context.stop, team=team)
         return {"val/loss": found.loss, "val/top1": found.accuracy}
 
     state = loop.train(
@@ -120,13 +126,18 @@ def train_classifier(
     )
     test = evaluate(
         model,
-        eval_batches(images.test, recipe.batch_size, side, device),
+        eval_batches(images.test, recipe.batch_size, side, device, team.share),
         hardware=hardware,
         stop=context.stop,
+        team=team,
     )
-    save_model(
-        model, context.directory / "model", image_size=side, prepared_size=settings.prepared_size
-    )
+    if team.is_first:
+        save_model(
+            model,
+            context.directory / "model",
+            image_size=side,
+            prepared_size=settings.prepared_size,
+        )
     return StageOutcome(
         scores={
             "top1": test.accuracy,

@@ -127,6 +127,10 @@ def _recipes(settings: Settings, labels: int) -> Iterator[str]:
         "finetune": settings.finetune,
         "from_scratch": settings.from_scratch,
     }
+    if settings.hardware.processes != "auto" and any(
+        labels < recipe.batch_size for recipe in recipes.values()
+    ):
+        yield "hardware.processes=1"  # so few images are not worth more, nor can all be divided
     for section, recipe in recipes.items():
         batch_size = min(recipe.batch_size, labels)
         if batch_size != recipe.batch_size:

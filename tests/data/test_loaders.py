@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import loaders
-from data.loaders import Batches, epoch_order, eval_batches
+from data.loaders import ALL, Batches, Share, epoch_order, eval_batches
 from data.prepared import PreparedData
 from data.records import DatasetError
 from data.splits import Subset
@@ -32,6 +32,7 @@ def make_batches(
     keep_on_device: bool = False,
     colour_jitter: float = 0.0,
     greyscale: float = 0.0,
+    share: Share = ALL,
 ) -> Batches:
     return Batches(
         subset,
@@ -44,6 +45,7 @@ def make_batches(
         keep_on_device=keep_on_device,
         colour_jitter=colour_jitter,
         greyscale=greyscale,
+        share=share,
     )
 
 
@@ -126,6 +128,17 @@ def test_augmentation_does_not_depend_on_the_batch(subset: Subset) -> None:
     assert alone.keys() == together.keys() == set(range(2, 19))
     for number, image in alone.items():
         assert torch.equal(image, together[number])
+
+
+@pytest.mark.parametrize("crop_scale", [None, 0.3])
+def test_the_parts_of_a_batch_are_the_batch(subset: Subset, crop_scale: float | None) -> None:
+    changes: dict[str, Any] = {"flip": True, "colour_jitter": 0.4, "greyscale": 0.3}
+    changes |= {"batch_size": 6, "side": 5, "crop_scale": crop_scale}
+    whole = list(make_batches(subset, **changes).epoch(3, start_step=1))
+    parts = [make_batches(subset, **changes, share=Share(n, 3)).epoch(3, 1) for n in range(3)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert batch.ids.tolist() == np.concatenate([each.ids for each in shares]).tolist()
+        assert torch.equal(batch.images, torch.cat([each.images for each in shares]))
 
 
 def test_crops_come_from_everywhere_and_half_of_them_are_mirrored(subset: Subset) -> None:

@@ -16,7 +16,9 @@ import os, sys, time
 from training.stopping import StopRequest
 
 stop = StopRequest()
-stop.listen(parent=int(sys.argv[1]) if len(sys.argv) > 1 else None)
+stop.listen(
+    parent=int(sys.argv[1]) if len(sys.argv) > 1 else None, passed_on="PASSED_ON" in os.environ
+)
 print("ready", flush=True)
 deadline = time.monotonic() + 20
 while not stop and time.monotonic() < deadline:
@@ -27,12 +29,14 @@ print("saved", flush=True)
 """
 
 
-def listener(*arguments: str, saving_seconds: float = 0) -> subprocess.Popen[str]:
+def listener(
+    *arguments: str, saving_seconds: float = 0, **environment: str
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", LISTENER, *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "SAVING_SECONDS": str(saving_seconds)},
+        env={**os.environ, "SAVING_SECONDS": str(saving_seconds), **environment},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -77,6 +81,18 @@ def test_a_stop_passed_on_by_the_parent_does_not_count_as_a_second_one() -> None
     assert process.stdout is not None
     assert process.stdout.readline() == "asked\n"
     process.send_signal(PARENT_STOPS)
+    assert rest_of(process) == "saved\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_signal_that_is_passed_on_besides_does_not_count_as_a_second_one() -> None:
+    """A batch system signals a launcher and its processes; the launcher passes its own on."""
+    process = listener(saving_seconds=1, PASSED_ON="1")
+    process.terminate()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n"
+    process.terminate()
     assert rest_of(process) == "saved\n"
     assert process.returncode == 0
 
