@@ -80,9 +80,24 @@ PRESETS: dict[str, Preset] = {
                 "patch_rotation": 1.0,
             },
             "transfer": {"source": None, "finetune_all": True},
-            "finetune": {"epochs": 15, "base_lr": 4e-3, "warmup_epochs": 2},
-            "finetune_all": {"epochs": 15, "base_lr": 2e-3, "warmup_epochs": 2},
-            "from_scratch": {"epochs": 15, "base_lr": 4e-3, "warmup_epochs": 2},
+            "finetune": {
+                "epochs": 15,
+                "base_lr": 2e-3,
+                "warmup_epochs": 2,
+                "crop_scale": 0.35,
+            },
+            "finetune_all": {
+                "epochs": 15,
+                "base_lr": 2e-3,
+                "warmup_epochs": 2,
+                "crop_scale": 0.35,
+            },
+            "from_scratch": {
+                "epochs": 15,
+                "base_lr": 4e-3,
+                "warmup_epochs": 2,
+                "crop_scale": 0.35,
+            },
         },
     ),
     # Command: rotvit run --preset imagenet. The mission; its optimiser settings are the defaults.
