@@ -238,7 +238,7 @@ def test_a_server_that_fails_is_one_line_and_no_traceback(
 ) -> None:
     # What it changes in its own process, it must not change in that of the tests.
     monkeypatch.setattr(runner, "_log_to_stdout", lambda *, events: None)
-    monkeypatch.setattr(StopRequest, "listen", lambda self, *, parent: None)
+    monkeypatch.setattr(StopRequest, "listen", lambda self, **options: None)
     hub.faults.append(Fault("status", 500, times=99))
     wanted = request(validate(remote), tmp_path)
     attempts.begin(wanted)
