@@ -105,7 +105,8 @@ class StageContext:
                 processes=self.team.count,
             )
         )
-        hardware.use_threads(found.threads)  # in all of them
+        if not self.team.is_first:  # which has done so
+            hardware.use_threads(found.threads)
         return found
 
     def for_training(self, network: nn.Module) -> Callable[..., Any]:
