@@ -47,7 +47,7 @@ from training.stages import plan
 settings, results = build_settings("drawn", overrides=sys.argv[2:]), {}
 for stage in plan(settings):
     request = store.make_request(stage, settings, Path(sys.argv[1]), results)
-    module = import_module(f"training.{stage.module or stage.name}")
+    module = import_module(f"training.{stage.module_name}")
     results[stage.name] = run_stage(request, module.compute)
 """
 

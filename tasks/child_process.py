@@ -61,7 +61,7 @@ def run_in_child(request: StageRequest) -> StageResult:
         return found
     stage = STAGES[request.stage]
     try:
-        started = stage_processes.start(stage.module or stage.name, request.directory)
+        started = stage_processes.start(stage.module_name, request.directory)
     except ServerDiedError as error:
         raise StageFailedError(str(error), reached=attempts.progress_on_disk(request)) from error
     with started as child:

@@ -59,7 +59,7 @@ class Server:
         self._requests = requests
         self._running: dict[int, int] = {}
         """Status pipe of each child by its process id."""
-        self._modules = list(dict.fromkeys(item.module or item.name for item in STAGES.values()))
+        self._modules = list(dict.fromkeys(item.module_name for item in STAGES.values()))
         self._woken, self._waker = socket.socketpair()  # by the end of a child
         for end in (self._woken, self._waker):
             end.setblocking(False)

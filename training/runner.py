@@ -278,7 +278,7 @@ def _launch(
             logger.error("%s", message)
 
     return launching.launch(
-        f"training.{stage.module or stage.name}",
+        f"training.{stage.module_name}",
         [str(options.directory), *(["--events"] if options.events else [])],
         count,
         parent=options.parent,

@@ -52,6 +52,11 @@ class Stage:
     directory: str = ""
 
     @property
+    def module_name(self) -> str:
+        """Name of the module below `training` that computes it."""
+        return self.module or self.name
+
+    @property
     def trains(self) -> bool:
         """Whether it is a long training."""
         return bool(self.recipe)

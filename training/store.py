@@ -132,13 +132,13 @@ def make_request(
         for role, result in {**needed, **(more or {})}.items()
     }
     reads = _values_read(stage, settings)
-    if (stage.module or stage.name) == "prepare_data":
+    if stage.module_name == "prepare_data":
         downloads = inputs["download"].directory if "download" in inputs else None
         source = sources.open_source(*data_source(stage.name, settings), downloads=downloads)
         reads = {"source": digest_of(source.identity()), "side": settings.prepared_size}
         if settings.data.format != "raw":  # the only one once: keys of that time stay valid
             reads["format"] = settings.data.format
-    elif (stage.module or stage.name) == "download":
+    elif stage.module_name == "download":
         reads = {"sources": remote_sources(stage.name, settings)}
     key = digest_of(
         {
