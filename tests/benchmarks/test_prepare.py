@@ -5,6 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ def test_a_tiny_run_measures_preparing_and_decoding(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
+    assert done.stdout, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["few"], figures["many"], figures["pixels"]) == (20, 40, 64 * 48)
     assert figures["ratio_lowest"] <= figures["ratio"] <= figures["ratio_highest"]
@@ -40,6 +42,17 @@ def test_a_tiny_run_measures_preparing_and_decoding(tmp_path: Path) -> None:
     # So few and small images cost less than the stage around them.
     assert "memory" not in figures["missed"], done.stdout + done.stderr
     assert done.returncode == (1 if figures["missed"] else 0)
+
+
+def test_work_of_a_millisecond_has_a_time() -> None:
+    timed = runpy.run_path(str(ROOT / "benchmarks" / "prepare.py"))["timed"]
+
+    def spin() -> None:
+        until = time.perf_counter() + 0.001
+        while time.perf_counter() < until:
+            pass
+
+    assert min(timed(spin).processors for _ in range(20)) > 0
 
 
 KEPT = {"ratio": 0.5, "peak_mib_few": 400.0, "peak_mib_many": 460.0}
