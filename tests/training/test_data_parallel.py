@@ -375,7 +375,9 @@ def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", ["one", "launcher", "everybody", "by its parent"])
+@pytest.mark.parametrize(
+    "told", ["one", "one that insists", "launcher", "everybody", "by its parent"]
+)
 def test_all_save_and_end_whoever_is_told_to_stop(request_of: RequestOf, told: str) -> None:
     request = request_of(LONG)
     seen: list[psutil.Process] = []
@@ -387,6 +389,10 @@ def test_all_save_and_end_whoever_is_told_to_stop(request_of: RequestOf, told: s
         assert launcher is not None
         if told == "by its parent":
             launcher.send_signal(PARENT_STOPS)
+            return
+        if told == "one that insists":
+            while not gone(seen[1:], 0.01):
+                seen[1].terminate()
             return
         # A batch system tells everybody; those that train hear it twice, then.
         for process in {"one": seen[1:], "launcher": [launcher]}.get(told, [*seen, launcher]):
