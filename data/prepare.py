@@ -377,6 +377,7 @@ def _tools() -> dict[str, Any]:
         "Pillow": PIL.__version__,
         "libjpeg-turbo": features.version("libjpeg_turbo"),
         "torch": torch.__version__,
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # others may round otherwise
     }
 
 

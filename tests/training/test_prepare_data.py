@@ -172,7 +172,8 @@ class Forked:
         return Together(codes, (wanted.outputs / "said").read_text(), wrote)
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.kill()
+        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
