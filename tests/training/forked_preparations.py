@@ -68,10 +68,10 @@ def change(index: int, outputs: Path, options: dict[str, Any]) -> None:
             file.write(f"{index} {name}\n")
 
     prepare.SHARD_IMAGES = SHARD_IMAGES
-    prepare._write = write_here
-    prepare._Tally.count = count_here  # type: ignore[method-assign]
+    prepare._write = write_here  # type: ignore[assignment]
+    prepare._Tally.count = count_here  # type: ignore[method-assign, assignment]
     prepare.write_shard_record = write_record_here  # type: ignore[attr-defined]
-    manifest.write = write_manifest_here
+    manifest.write = write_manifest_here  # type: ignore[assignment]
     for process, version in options.get("versions", []):
         if process == index:
             PIL.__version__ = version
