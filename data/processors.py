@@ -7,6 +7,7 @@ of every tenth of a second, in the middle of whatever its other threads wait for
 """
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def available_processors(root: Path = Path("/")) -> int:
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([count or 1, *map(int, _quotas(root))]))
+
+
+def own_processors() -> str:
+    """Name this machine and those of its processors that this process may run on.
+
+    Two processes that say the same share their processors. A batch system gives each of its tasks
+    some of a machine's; a container is a machine by another name.
+    """
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return f"{platform.node()} {sorted(usable)}"
 
 
 def _quotas(root: Path) -> Iterator[float]:

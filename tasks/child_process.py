@@ -20,7 +20,6 @@ from tasks import stage_processes
 from tasks.stage_processes import SERVER_DIED, ServerDiedError, StageProcess
 from training import attempts, progress, stage_files
 from training.errors import ERRORS_BY_NAME
-from training.lock import locked
 from training.stages import STAGES
 from training.stopping import EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
@@ -52,11 +51,8 @@ def run_in_child(request: StageRequest) -> StageResult:
         StageFailedError: If it crashed or was killed.
         ValueError: A user's mistake, as the type that the child raised.
     """
-    with (
-        stage_files.full_disk_explained(request.outputs),
-        locked(attempts.lock_path(request), what=request.title),
-    ):
-        found = attempts.begin(request)
+    with stage_files.full_disk_explained(request.outputs):
+        found = attempts.begin_or_help(request)
     if found:
         return found
     stage = STAGES[request.stage]

@@ -165,7 +165,8 @@ def _run(job: Job, server: int) -> NoReturn:
         module = import_module(f"training.{job.module}")
         from training import runner  # not at the top: whoever imports this file wants no torch
 
-        code = runner.main(module.compute, arguments)
+        helping = getattr(module, "helping", None)
+        code = runner.main(module.compute, arguments, helping=helping)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -5,6 +5,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from data.claims import Claims
 from training.lock import locked
 from training.stage_files import CHECKPOINTS, KEEP_TOKENS, TRACKING, newest_step
 from training.stages import STAGES
@@ -39,6 +40,23 @@ def begin(request: StageRequest) -> StageResult | None:
     return None
 
 
+def begin_or_help(request: StageRequest) -> StageResult | None:
+    """Do what `begin` does, once nobody computes the stage or at least help with it is wanted.
+
+    Returns:
+        The result if it is there; none where a process of the stage is to compute it, or to help.
+    """
+    wanted = Claims(request.directory).plan
+    try:
+        with locked(lock_path(request), what=request.title, give_up=lambda: wanted() is not None):
+            return begin(request)
+    except InterruptedError:
+        # Of settings that are not in the key, such as threads, each process has its own. Whoever
+        # computes the stage has read its config long ago: it invited others after that.
+        write_config(request)
+        return None
+
+
 def lock_path(request: StageRequest) -> Path:
     """Return the file to lock while a stage is computed; apart from what may be deleted."""
     return request.outputs / "locks" / f"{request.directory.parent.name}-{request.key}.lock"
@@ -69,6 +87,7 @@ def refresh(request: StageRequest, run_id: str) -> None:
                 request.directory,
             )
         else:
+            Claims(request.directory).end()  # those who helped one that was killed write there
             shutil.rmtree(request.directory, ignore_errors=True)
         # Last: cut off before this, the next attempt removes what is not there.
         write_atomically(marker, run_id.encode())

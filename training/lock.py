@@ -13,16 +13,24 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path, *, what: str, give_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def locked(
+    path: Path,
+    *,
+    what: str,
+    give_up: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[], None] | None = None,
+) -> Iterator[None]:
     """Hold an exclusive lock on a file for the `with` block, waiting for it as long as it takes.
 
-    `flock(2)` on a local disk: a holder that is killed leaves no stale lock. The file stays, since
-    unlinking a locked file would let two processes hold "the" lock.
+    `flock(2)`, on a local disk or on one that machines share (NFS from version 4 on): a holder that
+    is killed leaves no stale lock. The file stays, since unlinking a locked file would let two
+    processes hold "the" lock.
 
     Args:
         path: Lock file; made where it is missing.
         what: What the lock protects, for the line that says that this process waits.
         give_up: Asked while waiting; true ends the wait.
+        meanwhile: Called while waiting, between two tries; what it raises ends the wait.
 
     Raises:
         InterruptedError: If `give_up` said so.
@@ -42,6 +50,8 @@ def locked(path: Path, *, what: str, give_up: Callable[[], bool] = lambda: False
             if not waiting:
                 waiting = True
                 logger.info("Waiting for another run that computes %s (%s).", what, _holder(path))
+            if meanwhile:
+                meanwhile()
             time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "since": time.time()}).encode(), 0)

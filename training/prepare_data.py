@@ -1,16 +1,24 @@
-"""Preparation: decode every image once into square uint8 arrays that training maps into memory."""
+"""Preparation: decode every image once into square uint8 arrays that training maps into memory.
+
+One process leads, and delivers the result. Others that want the same help instead of waiting, on
+this machine or on another that sees the outputs folder.
+"""
 
 import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from data.downloaded_source import Scratch
 from data.duplicates import has_copy
 from data.fetching import STAGE
 from data.patience import Patience
-from data.prepare import prepare
+from data.prepare import Helper, prepare
 from data.prepared import PreparedData
 from data.processors import available_processors
-from data.records import DatasetError
+from data.records import DatasetError, Source
 from data.sources import open_source
 from training import runner
 from training.attempts import DOUBTED
@@ -18,41 +26,24 @@ from training.runner import StageContext, StageOutcome
 from training.stopping import StopRequest
 from training.store import data_source
 
+FETCHED = "fetched"
+"""Folder of files that are fetched as they are read; with more in the name, that of a helper."""
+
 _log = logging.getLogger(__name__)
 
 
 def compute(context: StageContext) -> StageOutcome:
     """Prepare the images of a source; finished shards of an earlier attempt are kept."""
     settings = context.settings
-    source, test_source = data_source(context.request.stage, settings)
-    download = context.request.inputs.get("download")
-    scratch = Scratch(
-        directory=context.directory / "fetched",
-        patience=Patience(),
-        stop=lambda: bool(context.stop),
-        stage=download.stage.replace("_", "-") if download else STAGE,
-    )
-
-    def report(done: int, total: int) -> None:
-        context.progress(done, total, "images")
-        if context.stop:
-            raise InterruptedError(
-                f"Stopped after {done:,} of {total:,} images; finished parts are kept, the same "
-                "command goes on after them."
-            )
-
+    source, _ = data_source(context.request.stage, settings)
+    scratch = _scratch(context, FETCHED)
     doubted = context.directory / DOUBTED
     try:
         manifest = prepare(
-            open_source(
-                source,
-                test_source,
-                downloads=download.directory if download else None,
-                scratch=scratch,
-            ),
+            _open_source(context, scratch),
             context.directory,
             side=settings.prepared_size,
-            report=report,
+            report=_reporting(context),
             workers=settings.hardware.threads or available_processors(),
             max_skipped=settings.data.max_skipped,
             pixel_format=settings.data.format,
@@ -61,7 +52,8 @@ def compute(context: StageContext) -> StageOutcome:
     except DatasetError:  # to be mended by other settings, perhaps, which look elsewhere
         scratch.remove()
         raise
-    scratch.remove()
+    for folder in context.directory.glob(f"{FETCHED}*"):  # those of killed helpers, too
+        shutil.rmtree(folder, ignore_errors=True)
     doubted.unlink(missing_ok=True)  # before what may be stopped: a next attempt need not read all
     copies = count_copies(context.directory, context.stop)
     if copies:
@@ -90,6 +82,64 @@ def compute(context: StageContext) -> StageOutcome:
     )
 
 
+def helping(context: StageContext) -> Callable[[], None]:
+    """Return what prepares images while another process leads, as far as nobody else does.
+
+    It returns once there is nothing for it to do, and may be called again.
+    """
+    settings = context.settings
+    # Of its own: what the leader fetches is deleted as the leader has read it.
+    scratch = _scratch(context, f"{FETCHED}-{platform.node()}-{os.getpid()}")
+    helper = Helper(
+        lambda: _open_source(context, scratch),
+        context.directory,
+        side=settings.prepared_size,
+        report=_reporting(context),
+        workers=settings.hardware.threads or available_processors(),
+        max_skipped=settings.data.max_skipped,
+        pixel_format=settings.data.format,
+    )
+
+    def help_on() -> None:
+        try:
+            helper.help()
+        finally:
+            scratch.remove()
+
+    return help_on
+
+
+def _scratch(context: StageContext, folder: str) -> Scratch:
+    download = context.request.inputs.get("download")
+    return Scratch(
+        directory=context.directory / folder,
+        patience=Patience(),
+        stop=lambda: bool(context.stop),
+        stage=download.stage.replace("_", "-") if download else STAGE,
+    )
+
+
+def _open_source(context: StageContext, scratch: Scratch) -> Source:
+    download = context.request.inputs.get("download")
+    return open_source(
+        *data_source(context.request.stage, context.settings),
+        downloads=download.directory if download else None,
+        scratch=scratch,
+    )
+
+
+def _reporting(context: StageContext) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        context.progress(done, total, "images")
+        if context.stop:
+            raise InterruptedError(
+                f"Stopped after {done:,} of {total:,} images; finished parts are kept, the same "
+                "command goes on after them."
+            )
+
+    return report
+
+
 def count_copies(directory: Path, stop: StopRequest) -> int | None:
     """Count the test images of prepared data that are (nearly) in its train split as well.
 
@@ -113,4 +163,4 @@ def count_copies(directory: Path, stop: StopRequest) -> int | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(runner.main(compute))
+    raise SystemExit(runner.main(compute, helping=helping))

@@ -126,13 +126,22 @@ class StageContext:
 
 Compute = Callable[[StageContext], StageOutcome]
 
+Helping = Callable[[StageContext], Callable[[], None]]
+"""Returns what a process does, again and again, while it waits for another one that computes its
+stage: a part of the work, as long as there is one to be had. It writes no result."""
+
 
 def run_stage(
-    request: StageRequest, compute: Compute, stop: StopRequest | None = None, team: Team = ALONE
+    request: StageRequest,
+    compute: Compute,
+    stop: StopRequest | None = None,
+    team: Team = ALONE,
+    helping: Helping | None = None,
 ) -> StageResult:
     """Return a stage's result: the one that is there, or a new one.
 
-    Of two processes that ask for the same key at once, one computes and the other waits.
+    Of two processes that ask for the same key at once, one computes; the other waits, and helps
+    where it can.
 
     Args:
         request: For the stage.
@@ -140,6 +149,7 @@ def run_stage(
         stop: Whether somebody asks for an early end.
         team: The processes that compute together, of which this one is the first; the others are in
             `help_with_stage`.
+        helping: What to do while another process computes it; nothing where it cannot be shared.
 
     Raises:
         Stopped: If `stop` was requested; the state is saved.
@@ -149,7 +159,11 @@ def run_stage(
     """
     # Not `or`: a request that nobody has made yet is false.
     stop = StopRequest() if stop is None else stop
-    with stage_files.full_disk_explained(request.outputs), _begun(request, stop, team) as found:
+    meanwhile = helping(StageContext(request, stop)) if helping else None
+    with (
+        stage_files.full_disk_explained(request.outputs),
+        _begun(request, stop, team, meanwhile) as found,
+    ):
         if found:
             return found
         started = time.monotonic()
@@ -169,7 +183,9 @@ def help_with_stage(request: StageRequest, compute: Compute, stop: StopRequest, 
 
 
 @contextmanager
-def _begun(request: StageRequest, stop: StopRequest, team: Team) -> Iterator[StageResult | None]:
+def _begun(
+    request: StageRequest, stop: StopRequest, team: Team, meanwhile: Callable[[], None] | None
+) -> Iterator[StageResult | None]:
     """Hold a stage's lock for the `with` block, and give the result that is there already."""
     with ExitStack() as held:
         begins = False
@@ -179,6 +195,7 @@ def _begun(request: StageRequest, stop: StopRequest, team: Team) -> Iterator[Sta
                     attempts.lock_path(request),
                     what=request.title,
                     give_up=lambda: team.is_asked_while_waiting(stop),
+                    meanwhile=meanwhile,
                 )
             )
             found = attempts.begin(request)
@@ -188,12 +205,19 @@ def _begun(request: StageRequest, stop: StopRequest, team: Team) -> Iterator[Sta
         yield found
 
 
-def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
+def main(
+    compute: Compute, arguments: Sequence[str] | None = None, *, helping: Helping | None = None
+) -> int:
     """Run a stage in this process, from the `config.yaml` in its directory.
 
     A training for which the settings ask for several processes is run in these, under torch's
     elastic launcher. A process that the launcher has started, this one's or another, finds the
     others and runs its part; it ends here.
+
+    Args:
+        compute: What the stage computes.
+        arguments: Of the command line; those of this process unless given.
+        helping: See `run_stage`.
 
     Returns:
         The exit status: 0 done, 2 a user's mistake, 75 stopped and saved, 1 anything else.
@@ -205,10 +229,10 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not data_parallel.is_launched():
         _log_to_stdout(events=options.events)
-        return _run(compute, options)
+        return _run(compute, options, helping)
     is_first = os.environ["RANK"] == "0"
     _log_to_stdout(events=options.events, level=logging.INFO if is_first else logging.ERROR)
-    code = _run(compute, options)
+    code = _run(compute, options, helping)
     # Without waiting for anything: a backend may wait for processes that are gone.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -216,7 +240,7 @@ def main(compute: Compute, arguments: Sequence[str] | None = None) -> int:
     os._exit(code)
 
 
-def _run(compute: Compute, options: argparse.Namespace) -> int:
+def _run(compute: Compute, options: argparse.Namespace, helping: Helping | None) -> int:
     stop = StopRequest()
     emit = _emit if options.events else lambda **event: None
     try:
@@ -241,7 +265,7 @@ def _run(compute: Compute, options: argparse.Namespace) -> int:
             if not team.is_first:
                 help_with_stage(request, compute, stop, team)
                 return 0
-            result = run_stage(request, compute, stop, team)
+            result = run_stage(request, compute, stop, team, helping)
     except (Stopped, InterruptedError) as stopped:
         logger.info("%s", stopped)
         return EXIT_RESUME

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import prepare as module
+from data.claims import Claims
 from data.decode import decode_square
+from data.decoding_pool import DecodingPool, decoding_pool
 from data.disk_space import estimate_bytes
 from data.manifest import Manifest
-from data.prepare import prepare
+from data.prepare import Helper, prepare
 from data.prepared import PreparedData, verify
 from data.records import DatasetError, Record, Source, Split
 from data.shards import read_shard
@@ -475,3 +478,153 @@ def test_a_failing_source_is_not_swallowed(source: Any, tmp_path: Path) -> None:
     source.records = records
     with pytest.raises(DatasetError, match="pulled out"):
         run(source, tmp_path)
+
+
+def helper_of(source: Source, directory: Path, **options: Any) -> Helper:
+    options = {"side": 5, "report": lambda done, total: None, "workers": 2, **options}
+    return Helper(lambda: source, directory, **options)
+
+
+def at_image(number: int, act: Callable[[], object]) -> Callable[[int, int], None]:
+    """Have something happen while the leader has made so many images: it is in a shard then."""
+
+    def report(done: int, total: int) -> None:
+        if done == number:
+            act()
+
+    return report
+
+
+@pytest.mark.parametrize("pixel_format", ["raw", "jpeg"])
+def test_a_helper_makes_the_shards_that_the_leader_has_not_begun(
+    source: Any, tmp_path: Path, pixel_format: str
+) -> None:
+    options = {"side": 6, "pixel_format": pixel_format}
+    whole = run(source, tmp_path / "whole", **options)
+    read_alone = sorted(source.read)
+    source.read.clear()
+    led: list[int] = []
+    helped: list[int] = []
+    helper = helper_of(
+        source, tmp_path / "both", report=lambda done, total: helped.append(done), **options
+    )
+
+    def report(done: int, total: int) -> None:
+        led.append(done)
+        if done == 2:
+            helper.help()
+
+    both = run(source, tmp_path / "both", report=report, **options)
+    assert replace(both, shards={}) == replace(whole, shards={})
+    assert [[entry.sha256 for entry in group] for group in both.shards.values()] == [
+        [entry.sha256 for entry in group] for group in whole.shards.values()
+    ]
+    assert sorted(source.read) == read_alone, "no image is read twice"
+    assert helped == [*range(1, 11), 10]
+    assert led == [0, 1, 2, 3, 4, 8, 11, 14], "also those of the helper's shards count"
+    assert verify(tmp_path / "both", full=True) is None
+
+
+def test_without_a_leader_there_is_nothing_to_help_with(source: Any, tmp_path: Path) -> None:
+    helper_of(source, tmp_path).help()
+    assert source.read == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["data.manifest.FORMAT", "data.prepare.SHARD_IMAGES"])
+def test_a_helper_that_would_make_other_shards_makes_none(
+    source: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    caplog.set_level("INFO")
+    whole = run(source, tmp_path / "whole")
+    helped: list[int] = []
+    helper = helper_of(source, tmp_path / "led", report=lambda done, total: helped.append(done))
+
+    def help_otherwise() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, 3)
+            helper.help()
+            helper.help()
+
+    led = run(source, tmp_path / "led", report=at_image(2, help_otherwise))
+    assert led.fingerprint == whole.fingerprint
+    assert helped == []
+    assert caplog.text.count("it does not help") == 1
+
+
+def test_a_helper_of_a_source_that_has_changed_is_an_error_and_writes_nothing(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    other = list_source(noise_images(7, 6, 6), name="after")
+
+    def help_with_other() -> None:
+        with pytest.raises(DatasetError, match="must not change while it is prepared"):
+            helper_of(other, tmp_path).help()
+
+    run(list_source(noise_images(7, 6, 6)), tmp_path, report=at_image(2, help_with_other))
+    assert other.read == []
+    assert verify(tmp_path, full=True) is None
+
+
+def test_unreadable_images_of_helpers_count_and_nobody_helps_one_who_fails(
+    list_source: MakeSource, noise_images: MakeNoise, tmp_path: Path
+) -> None:
+    images: list[Any] = noise_images(12, 6, 6)
+    images[0] = images[7] = b""
+    source = list_source(images)
+    helper = helper_of(source, tmp_path, max_skipped=0.1)
+    with pytest.raises(DatasetError, match=r"At most 10\.0% of the 12 images .* 2 are"):
+        run(source, tmp_path, max_skipped=0.1, report=at_image(2, helper.help))
+    source.read.clear()
+    helper.help()
+    assert source.read == []
+
+
+@pytest.mark.parametrize(("machine", "workers"), [("this", [5, 2]), ("another", [5, 5])])
+def test_processes_of_one_machine_divide_its_processors(
+    list_source: MakeSource,
+    noise_images: MakeNoise,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    workers: list[int],
+) -> None:
+    source = list_source(noise_images(8, 6, 6))
+    used: list[int] = []
+
+    def pool(count: int) -> AbstractContextManager[DecodingPool]:
+        used.append(count)
+        return decoding_pool(count)
+
+    def help_there() -> None:
+        with monkeypatch.context() as patch:
+            if machine == "another":
+                patch.setattr("platform.node", lambda: machine)
+            helper_of(source, tmp_path, workers=5).help()
+
+    monkeypatch.setattr(module, "decoding_pool", pool)
+    run(source, tmp_path, workers=5, report=at_image(2, help_there))
+    assert used == workers
+
+
+def test_a_preparation_first_waits_for_those_who_helped_one_that_was_killed(
+    source: Any, tmp_path: Path
+) -> None:
+    claims = Claims(tmp_path)
+    half_written = tmp_path / "train-00001.npy.tmp"
+
+    def give_up(done: int, total: int) -> None:
+        raise InterruptedError
+
+    with claims.claim("train-00001", claims.invite({})):
+        half_written.touch()
+        with pytest.raises(InterruptedError):
+            run(source, tmp_path, report=give_up)
+        assert half_written.exists()
+    assert source.read == []
+    run(source, tmp_path)
+    assert not half_written.exists()

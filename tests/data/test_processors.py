@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.processors import available_processors
+from data.processors import available_processors, own_processors
 
 AFFINITY = 64
 
@@ -102,3 +102,16 @@ def test_without_control_groups_the_affinity_stands(tmp_path: Path) -> None:
 
 def test_here_there_are_some() -> None:
     assert 1 <= available_processors() <= AFFINITY
+
+
+@pytest.mark.parametrize("change", ["affinity", "machine"])
+def test_processes_of_other_processors_or_machines_do_not_share_them(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    mine = own_processors()
+    assert own_processors() == mine
+    if change == "affinity":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    else:
+        monkeypatch.setattr("platform.node", lambda: "another")
+    assert own_processors() != mine

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
+from data import prepare
+from data.claims import Claims
+from data.sources import open_source
 from tasks import child_process, stage_processes, stage_server
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
-from training import progress, stage_files, store
+from training import attempts, progress, stage_files, store
 from training.configure import validate
 from training.errors import DivergedError
+from training.lock import locked
 from training.progress import Progress
 from training.settings import Settings, merge
 from training.stage_files import newest_step
@@ -296,3 +301,28 @@ def test_a_stage_that_keeps_nothing_of_an_attempt_is_ended_at_once() -> None:
         child_process._stop(child, saves=False)
         assert time.monotonic() - started < child_process.GRACE_SECONDS / 2
         assert child.returncode == -signal.SIGKILL
+
+
+def test_a_child_helps_with_what_another_run_computes_and_takes_over_from_it(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    """The test itself is the other run: it holds the stage's lock, wants help and makes nothing."""
+    request = store.make_request(STAGES["prepare_data"], tiny_settings, tmp_path, {})
+    source = open_source(*store.data_source(request.stage, tiny_settings))
+    made_from = prepare._made_from(source, tiny_settings.prepared_size, "raw")
+    plan = {**prepare._tools(), "made_from": made_from, "counts": dict(source.counts)}
+    heard: list[Progress] = []
+    deadline = time.monotonic() + 60
+    with ThreadPoolExecutor(1) as pool, progress.listening(heard.append):
+        with locked(attempts.lock_path(request), what=request.title):
+            Claims(request.directory).invite(plan)
+            running = pool.submit(run_in_child, request)
+            while len(list(request.directory.glob("*-00000.json"))) < 2:
+                assert time.monotonic() < deadline, "nobody helps"
+                time.sleep(0.05)
+            shards = sorted(path.name for path in request.directory.glob("*.npy"))
+            assert shards == ["test-00000.npy", "train-00000.npy"]
+            assert not running.done()
+            assert max(item.done for item in heard) == 81
+        assert running.result(timeout=60).status == "computed"
+    assert store.inspect(request).state == "cached"

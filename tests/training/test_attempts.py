@@ -2,12 +2,15 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from data.claims import Claims
 from training import attempts, store
+from training.lock import locked
 from training.runner import Compute, run_stage
 from training.stage_files import CHECKPOINTS
 from training.store import StageRequest
@@ -85,3 +88,31 @@ def test_outdated_work_that_is_cleared_only_in_part_is_never_built_on(
     assert verdict.state != "cached"
     if left_to_build_on:
         assert verdict.stale == "outdated"
+
+
+def test_a_refresh_waits_for_those_who_helped_one_that_was_killed(
+    request_pretrain: Request,
+) -> None:
+    request = request_pretrain()
+    claims = Claims(request.directory)
+    with ThreadPoolExecutor(1) as pool:
+        with claims.claim("part", claims.invite({})):
+            refreshing = pool.submit(attempts.refresh, request, "run")
+            with pytest.raises(TimeoutError):
+                refreshing.result(timeout=0.5)
+            assert request.directory.exists()
+        refreshing.result(timeout=10)
+    assert not request.directory.exists()
+
+
+def test_a_stage_that_another_run_computes_is_begun_where_help_is_wanted_and_only_there(
+    request_pretrain: Request,
+) -> None:
+    request = request_pretrain()
+    with ThreadPoolExecutor(1) as pool, locked(attempts.lock_path(request), what="it"):
+        beginning = pool.submit(attempts.begin_or_help, request)
+        with pytest.raises(TimeoutError):
+            beginning.result(timeout=0.5)
+        Claims(request.directory).invite({})
+        assert beginning.result(timeout=10) is None
+    assert store.read_config(request.directory) == request
