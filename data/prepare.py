@@ -92,10 +92,7 @@ def prepare(
     for leftover in directory.glob(f"*{TEMPORARY}"):
         leftover.unlink()
     _refuse_other_formats(directory, pixel_format)
-    settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
-    # Raw is left out: it was the only format once, and shards of that time stay valid.
-    stored = [] if pixel_format == "raw" else [pixel_format]
-    made_from = digest_of([source.identity(), settings, *stored])
+    made_from = digest_of_origin(source, side, pixel_format)
     plan = [
         _Part(split, first, min(SHARD_IMAGES, count - first))
         for split, count in source.counts.items()
@@ -150,6 +147,14 @@ def prepare(
             first.reason,
         )
     return result
+
+
+def digest_of_origin(source: Source, side: int, pixel_format: PixelFormat) -> str:
+    """Return what tells prepared images apart by what they are made from; `made_from` elsewhere."""
+    settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
+    # Raw is left out: it was the only format once, and shards of that time stay valid.
+    stored = [] if pixel_format == "raw" else [pixel_format]
+    return digest_of([source.identity(), settings, *stored])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,26 @@
 """Preparation: decode every image once into square uint8 arrays that training maps into memory."""
 
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from data.downloaded_source import Scratch
 from data.duplicates import has_copy
 from data.fetching import STAGE
+from data.manifest import Manifest
 from data.patience import Patience
-from data.prepare import prepare
+from data.prepare import digest_of_origin, prepare
 from data.prepared import PreparedData
 from data.processors import available_processors
-from data.records import DatasetError
+from data.pushed_shards import take
+from data.records import DatasetError, Source
+from data.shards import SUFFIXES
 from data.sources import open_source
 from training import runner
 from training.attempts import DOUBTED
 from training.runner import StageContext, StageOutcome
+from training.shard_pushing import ADDRESS_VARIABLE, address_of
 from training.stopping import StopRequest
 from training.store import data_source
 
@@ -43,13 +49,14 @@ def compute(context: StageContext) -> StageOutcome:
 
     doubted = context.directory / DOUBTED
     try:
-        manifest = prepare(
-            open_source(
-                source,
-                test_source,
-                downloads=download.directory if download else None,
-                scratch=scratch,
-            ),
+        images = open_source(
+            source,
+            test_source,
+            downloads=download.directory if download else None,
+            scratch=scratch,
+        )
+        manifest = _pushed(context, images, report) or prepare(
+            images,
             context.directory,
             side=settings.prepared_size,
             report=report,
@@ -88,6 +95,31 @@ def compute(context: StageContext) -> StageOutcome:
         made=["manifest.json"],
         digest=manifest.fingerprint,
     )
+
+
+def _pushed(
+    context: StageContext, images: Source, report: Callable[[int, int], None]
+) -> Manifest | None:
+    """Take what was pushed to the address in the environment, if it is there."""
+    root = os.environ.get(ADDRESS_VARIABLE)
+    begun = any(
+        each for suffix in SUFFIXES.values() for each in context.directory.glob(f"*{suffix}")
+    )
+    if not root or begun:  # what was begun here ends here
+        return None
+    settings, address = context.settings, address_of(root, context.request.key)
+    made_from = digest_of_origin(images, settings.prepared_size, settings.data.format)
+    found = take(
+        address,
+        context.directory,
+        made_from=made_from,
+        report=report,
+        patience=Patience(),
+        stop=context.is_stopped,
+    )
+    what = "is prepared here" if found is None else "has the prepared images; they stay there"
+    _log.info("%s %s.", address, what if found else f"has none: {images.spec} {what}")
+    return found
 
 
 def count_copies(directory: Path, stop: StopRequest) -> int | None:
