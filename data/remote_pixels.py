@@ -154,9 +154,11 @@ class RemotePixels:
         return self._asked_to_stop() or not threading.main_thread().is_alive()
 
     def fetch(self, number: int, stop: Stop) -> bytes:
-        """Return an image from the address, and keep it."""
-        (content,) = self._read(number, number + 1, stop)
-        self.cache.put({number: content})
+        """Return an image from the address, and keep it; from the cache if it is there by now."""
+        content = self.cache.get(number)
+        if content is None:
+            (content,) = self._read(number, number + 1, stop)
+            self.cache.put({number: content})
         return content
 
     def stretches(self) -> Iterator[tuple[int, int]]:
