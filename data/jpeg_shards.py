@@ -56,6 +56,11 @@ class JpegShard:
         if len(self._offsets) != images + 1 or self._offsets[[0, -1]].tolist() != ends:
             raise ValueError(f"it does not hold {images} images")
 
+    @property
+    def begins(self) -> NDArray[np.int64]:
+        """First byte in the file of each image, then where the last one ends, `(n + 1,)`."""
+        return self._offsets.astype(np.int64)
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -5,6 +5,7 @@ pixels, T = tokens of an image, D = their width.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -303,8 +304,12 @@ def _pixels(
     def gather(positions: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(subset.gather(positions))
 
-    for positions, pixels in read_ahead(gather, groups, device, resident):
-        yield positions, pixels.permute(0, 3, 1, 2)
+    reading = read_ahead(gather, groups, device, resident)
+    wanted = [each for each in groups if not (resident and resident.has(each))]
+    # Given up, what was announced is taken back before anybody waits for the batch being read.
+    with closing(reading), subset.announced(wanted):
+        for positions, pixels in reading:
+            yield positions, pixels.permute(0, 3, 1, 2)
 
 
 def _labels(subset: Subset, positions: NDArray[np.int64], device: torch.device) -> Tensor | None:

@@ -28,6 +28,16 @@ class DownloadError(OSError):
 class RefusedError(DatasetError):
     """A server does not give what it is asked for, and will not if asked again."""
 
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        """Say why.
+
+        Args:
+            message: What is wrong and what to do.
+            missing: Whether there is no such file, as far as the server says.
+        """
+        super().__init__(message)
+        self.missing = missing
+
 
 class TryAgainError(Exception):
     """One attempt failed in a way that the next one may not."""

@@ -107,7 +107,7 @@ def prepare(
     for leftover in directory.glob(f"*{TEMPORARY}"):
         leftover.unlink()
     _refuse_other_formats(directory, pixel_format)
-    made_from = _made_from(source, side, pixel_format)
+    made_from = digest_of_origin(source, side, pixel_format)
     parts = parts_of(source.counts, SHARD_IMAGES)
     if suspect is None:
         suspect = (directory / manifest.FILE_NAME).exists()
@@ -166,6 +166,14 @@ def prepare(
             first.reason,
         )
     return result
+
+
+def digest_of_origin(source: Source, side: int, pixel_format: PixelFormat) -> str:
+    """Return what tells prepared images apart by what they are made from; `made_from` elsewhere."""
+    settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
+    # Raw is left out: it was the only format once, and shards of that time stay valid.
+    stored = [] if pixel_format == "raw" else [pixel_format]
+    return digest_of([source.identity(), settings, *stored])
 
 
 class Helper:
@@ -235,7 +243,7 @@ class Helper:
 
     def _source(self) -> Source:
         source, target = self._open_source(), self._target
-        if _made_from(source, target.side, target.pixel_format) != target.made_from:
+        if digest_of_origin(source, target.side, target.pixel_format) != target.made_from:
             raise DatasetError(
                 f"{source.spec} must not change while it is prepared, and is not what it was when "
                 "another process began to. Run the same command again."
@@ -360,13 +368,6 @@ def _count_others(left: PartsLeft, target: _Target, tally: _Tally) -> None:
             if shard is not None and shard.made_from == target.made_from:
                 left.made(part)
                 tally.add(part.count, shard.skipped)
-
-
-def _made_from(source: Source, side: int, pixel_format: PixelFormat) -> str:
-    settings = {"side": side, "shard_images": SHARD_IMAGES, "format": manifest.FORMAT}
-    # Raw is left out: it was the only format once, and shards of that time stay valid.
-    stored = [] if pixel_format == "raw" else [pixel_format]
-    return digest_of([source.identity(), settings, *stored])
 
 
 def _tools() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Dimension key: B = images in the batch, P = side of the prepared images in pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -53,7 +53,7 @@ def read_ahead(
     groups: Sequence[NDArray[np.int64]],
     device: torch.device,
     resident: Resident | None = None,
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+) -> Generator[tuple[NDArray[np.int64], Tensor], None, None]:
     """Yield positions and what was gathered, on the device; a thread reads the next meanwhile.
 
     Args:

@@ -4,11 +4,13 @@ HTTP goes through the session of `huggingface_hub`, which honours proxies and `H
 Hub's token is sent to the Hub alone; a redirect to another host drops it.
 """
 
+import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data.patience import (
@@ -25,6 +27,10 @@ from data.records import DatasetError
 
 CHUNK = 2**18
 """Bytes that are read at once from a store other than HTTP."""
+
+BLOCK_SECONDS = 20.0
+"""Longest time that a store other than HTTP may take for one part of a file; shorter than the 25 s
+that a stopped stage has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,92 @@ def read_range(url: str, start: int, end: int, patience: Patience, stop: Stop = 
     return content
 
 
+def read_block(url: str, start: int, end: int, patience: Patience, stop: Stop = never) -> bytes:
+    """Return the bytes from `start` to before `end` of a large file, by one request.
+
+    Nothing is asked about the file before, as is done by `read_range`, whose errors this raises.
+    """
+    if _is_http(url):
+        return read_range(url, start, end, patience, stop)
+    with _errors_of_fsspec(url, once_good=True):
+        filesystem, path = _shared_filesystem(url)
+        if filesystem.async_impl:
+            from fsspec.asyn import sync
+
+            # Cancelled where it takes too long, which the library of a store need not do.
+            content: bytes = sync(
+                filesystem.loop,
+                filesystem._cat_file,
+                path,
+                start=start,
+                end=end,
+                timeout=BLOCK_SECONDS,
+            )
+        else:
+            content = filesystem.cat_file(path, start=start, end=end)
+    if len(content) != end - start:
+        raise TryAgainError(f"{len(content)} bytes came instead of {end - start}")
+    return content
+
+
+def read_whole(url: str, patience: Patience, stop: Stop = never) -> bytes:
+    """Return the content of a small file; errors as those of `opened` and `watched`."""
+    with opened(url, patience) as stream:
+        content = b"".join(watched(stream.chunks, url, patience, stop))
+    if stream.size not in (None, len(content)):
+        raise TryAgainError(f"{len(content)} bytes came instead of {stream.size}")
+    return content
+
+
+def put(path: Path, url: str) -> None:
+    """Copy a file to an address, over what is there.
+
+    Raises:
+        TryAgainError: If the store or the network failed, or the copy has another length.
+        RefusedError: If the store refuses, or is a web server.
+        DatasetError: If the address is none, or its store needs one more package.
+    """
+    check_writable(url)
+    with _errors_of_fsspec(url):
+        filesystem, remote = _filesystem(url)
+        if not filesystem.async_impl:  # those that are have no folders
+            filesystem.makedirs(filesystem._parent(remote), exist_ok=True)
+        filesystem.put_file(str(path), remote)
+    size = size_at(url)
+    if size != path.stat().st_size:
+        raise TryAgainError(f"the copy has {size} bytes instead of {path.stat().st_size}")
+
+
+def check_writable(url: str) -> None:
+    """Raise if files cannot be put at an address, as far as the address says.
+
+    Raises:
+        RefusedError: If it is one of a web server.
+    """
+    if _is_http(url):
+        raise RefusedError(
+            f"Files must be put into a store such as s3://, gs:// or file://, web servers as that "
+            f"of {url} take none."
+        )
+
+
+def size_at(url: str) -> int | None:
+    """Return the length of a file in a store other than HTTP, or None if it is not there.
+
+    Raises:
+        TryAgainError: As `opened`.
+        RefusedError: As `opened`.
+        DatasetError: As `opened`.
+    """
+    with _errors_of_fsspec(url):
+        filesystem, path = _filesystem(url)
+        try:
+            filesystem.invalidate_cache()  # what was listed before it was written
+            return int(filesystem.info(path)["size"])
+        except FileNotFoundError:
+            return None
+
+
 def find(pattern: str, patience: Patience) -> list[Found]:
     """Return the files that an address names, in the order of their names.
 
@@ -242,7 +334,8 @@ def _check_status(response: Any, url: str) -> None:
     if found and response.headers.get("X-Error-Code") == "GatedRepo":
         raise gated(found[1])
     hint = " The address may be misspelt, or need a login." if status in (401, 403, 404) else ""
-    raise RefusedError(f"{url} must be readable, the server answered {status}.{hint}")
+    message = f"{url} must be readable, the server answered {status}.{hint}"
+    raise RefusedError(message, missing=status == 404)
 
 
 def _extent(response: Any) -> tuple[int, int | None]:
@@ -270,6 +363,26 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+_stores: dict[str, Any] = {}
+os.register_at_fork(after_in_child=_stores.clear)  # a child has not the thread that serves them
+
+
+def _shared_filesystem(url: str) -> tuple[Any, str]:
+    """Return a store for all threads, where its library allows that, and the path in it.
+
+    fsspec makes one for each thread otherwise, with connections of its own.
+    """
+    scheme, _, rest = url.partition("://")
+    place = f"{scheme}://{rest.partition('/')[0]}"
+    filesystem = _stores.get(place)
+    if filesystem is not None:
+        return filesystem, filesystem._strip_protocol(url)
+    filesystem, path = _filesystem(url)
+    if filesystem.async_impl:  # its work is done in a thread of its own, whoever asks
+        _stores[place] = filesystem
+    return filesystem, path
+
+
 def _pieces(url: str, file: Any, wanted: int) -> Iterator[bytes]:
     while wanted > 0:
         with _errors_of_fsspec(url):
@@ -288,18 +401,28 @@ def _version(details: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def _errors_of_fsspec(url: str) -> Iterator[None]:
+def _errors_of_fsspec(url: str, *, once_good: bool = False) -> Iterator[None]:
+    """Turn what the library of a store raises into our errors.
+
+    Args:
+        url: What was to be reached.
+        once_good: Whether the same has worked before, so that what nobody knows may pass.
+    """
     try:
         yield
     except (FileNotFoundError, PermissionError) as error:
         raise RefusedError(
             f"{url} must be readable, it is not: {error}. Look at the address and at the "
-            "credentials of its store."
+            "credentials of its store.",
+            missing=isinstance(error, FileNotFoundError),
         ) from error
     except OSError as error:
         raise try_again(error) from error
     except DatasetError:
         raise
     except Exception as error:  # the library of a store has errors of its own
+        status = getattr(error, "status", None) or getattr(error, "code", None)
+        if once_good and status not in (401, 403, 404):
+            raise try_again(error) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": .")
         raise RefusedError(f"{url} must be readable, its store's library says {reason}.") from error

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,15 @@ class Subset:
     def places_of(self, part: "Subset") -> NDArray[np.int64]:
         """Return the positions in this subset of the images of a part of it, `(len(part),)`."""
         return np.searchsorted(self.indices, part.indices)
+
+    def announced(self, groups: Sequence[NDArray[np.int64]]) -> AbstractContextManager[None]:
+        """Return a context in which images are gathered in this order; see `PreparedSplit`.
+
+        Args:
+            groups: The positions that will be asked for together.
+        """
+        share = len(self) / max(1, len(self.split))
+        return self.split.announced((self.indices[group] for group in groups), share=share)
 
     def gather(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return images by their positions in this subset, `(len(positions), S, S, 3)`."""

@@ -289,6 +289,60 @@ def canary(
 
 
 @app.command()
+def push_shards(
+    address: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADDRESS", help="s3://bucket/prefix, gs://…, or a folder.", show_default=False
+        ),
+    ],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    outputs: OutputsOption = Path("outputs"),
+    seed: SeedOption = None,
+    seeds: SeedsOption = None,
+    delete_pixels: Annotated[
+        bool,
+        typer.Option("--delete-pixels", help="Then delete the images here; read them from there."),
+    ] = False,
+) -> None:
+    """Copy prepared images to an address that trainings can read them from.
+
+    Trainings keep what they read on a disk of their machine, ROTVIT_SHARD_CACHE, up to
+    ROTVIT_SHARD_CACHE_GIB. With ROTVIT_SHARDS=ADDRESS other machines prepare nothing, and read from
+    there.
+    """
+    settings = _settings(preset, config, overrides, seed, seeds)
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress
+
+    from data.patience import DownloadError
+    from training.shard_pushing import push
+
+    with Progress(
+        *Progress.get_default_columns(),
+        DownloadColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bars:
+        bar = bars.add_task("shards", total=None)
+        try:
+            addresses = push(
+                settings,
+                outputs.expanduser().resolve(),
+                address,
+                delete_pixels=delete_pixels,
+                report=lambda done, total: bars.update(bar, completed=done, total=total),
+            )
+        except DownloadError as error:  # of a store that failed as often as it was asked
+            raise RunFailedError(str(error)) from error
+    for each in addresses:
+        typer.echo(each)
+
+
+@app.command()
 def presets() -> None:
     """List the presets."""
     from rich.console import Console

@@ -107,7 +107,7 @@ class SplitFeatures:
 def compute(context: StageContext) -> StageOutcome:
     """Run the pretrained backbone and the random one over all labelled images."""
     settings, hardware = context.settings, context.hardware()
-    splits = open_splits(context.input("data"), settings)
+    splits = open_splits(context.input("data"), settings, context.is_stopped)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     (context.directory / FOLDER).mkdir(exist_ok=True)
     total, done = 2 * sum(map(len, parts.values())), 0

@@ -23,7 +23,7 @@ def compute(context: StageContext) -> StageOutcome:
     model = load_start(context)
     blocks = TRAINED_BLOCKS.get(context.request.stage)
     train_head_and_last_blocks(model, blocks)
-    images = open_labelled(context.input("data"), context.settings)
+    images = open_labelled(context.input("data"), context.settings, context.is_stopped)
     tokens = None
     if blocks is not None and "tokens" in context.request.inputs:
         tokens = open_tokens(context.input("tokens"), images, blocks)

@@ -13,7 +13,7 @@ from training.supervised import train_classifier
 
 def compute(context: StageContext) -> StageOutcome:
     """Train all of a fresh network on the labelled images."""
-    images = open_labelled(context.input("data"), context.settings)
+    images = open_labelled(context.input("data"), context.settings, context.is_stopped)
     weights = context.settings.from_scratch.weights
     model = build_model(context, images.class_names, weights)
     return train_classifier(context, model, images, section="from_scratch")

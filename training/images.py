@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.duplicates import has_copy
+from data.patience import Stop, never
 from data.prepared import PreparedData
 from data.records import DatasetError
 from data.splits import Splits, Subset, split, take_labelled
@@ -40,10 +41,10 @@ def as_pretrained_on(images: Tensor, settings: Settings) -> Tensor:
     return images if images.shape[-1] == size else resize(images, size)
 
 
-def open_splits(prepared: Path, settings: Settings) -> Splits:
-    """Open prepared images as train, val and test."""
+def open_splits(prepared: Path, settings: Settings, stop: Stop = never) -> Splits:
+    """Open prepared images as train, val and test; for `stop` see `PreparedData.open`."""
     return split(
-        PreparedData.open(prepared),
+        PreparedData.open(prepared, stop),
         val_fraction=settings.data.val_fraction,
         test_fraction=settings.data.test_fraction,
         seed=settings.data.split_seed,
@@ -51,7 +52,7 @@ def open_splits(prepared: Path, settings: Settings) -> Splits:
 
 
 def open_pretraining(
-    prepared: Path, settings: Settings, transfer: Path | None = None
+    prepared: Path, settings: Settings, transfer: Path | None = None, stop: Stop = never
 ) -> tuple[Splits, int]:
     """Open prepared images to pretrain on, without copies of test images if so set.
 
@@ -59,6 +60,7 @@ def open_pretraining(
         prepared: The images to pretrain on.
         settings: Of the run; `data.leave_out_test_copies` asks for it.
         transfer: The labelled images, where they are others.
+        stop: See `PreparedData.open`.
 
     Returns:
         The splits, and how many images were left out of train.
@@ -66,7 +68,7 @@ def open_pretraining(
     Raises:
         DatasetError: If nothing is left.
     """
-    splits = open_splits(prepared, settings)
+    splits = open_splits(prepared, settings, stop)
     if not settings.data.leave_out_test_copies:
         return splits, 0
     tests = [splits.test] + ([open_splits(transfer, settings).test] if transfer else [])
@@ -99,8 +101,8 @@ def copies_in_pretraining(prepared: Path, transfer: Path, settings: Settings) ->
     return int(has_copy(test_hashes, train_hashes).sum())
 
 
-def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
-    """Open prepared images as the transfer stages use them.
+def open_labelled(prepared: Path, settings: Settings, stop: Stop = never) -> LabelledImages:
+    """Open prepared images as the transfer stages use them; for `stop` see `PreparedData.open`.
 
     Raises:
         DatasetError: If there are no labels, or not as many as `transfer.labels`.
@@ -113,7 +115,7 @@ def open_labelled(prepared: Path, settings: Settings) -> LabelledImages:
             "transfer.source to a source with one folder per class, or run `rotvit pretrain`, "
             "which needs no labels."
         )
-    splits = open_splits(prepared, settings)
+    splits = open_splits(prepared, settings, stop)
     train = take_labelled(splits.train, settings.transfer.labels, seed=settings.data.split_seed)
     return LabelledImages(
         train=train,

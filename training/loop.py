@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import ViTForImageClassification
 
 from data.loaders import Batch
+from data.patience import DownloadError
 from data.randomness import derive_seed
 from models.freezing import set_train_mode
 from training import checkpoint, optim
@@ -186,11 +187,16 @@ class _Run:
         with ExitStack() as files, self.team.contact(), self._memory_explained():
             if self.team.is_first:
                 self.files = self._open_files(files, saved)
-            while not self._is_finished():
-                if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
-                    self._end_epoch()
-                else:
-                    self._train_epoch()
+            try:
+                while not self._is_finished():
+                    if self.state.evaluated_epochs < self.state.step // self.task.steps_per_epoch:
+                        self._end_epoch()
+                    else:
+                        self._train_epoch()
+            except DownloadError:  # images that lie elsewhere were waited for, and given up
+                if self.team.count == 1:  # or the others may wait, in the middle of a step
+                    self._save()
+                raise
         if self.average:
             self.average.put_in_place()
         if self.task.score and self.state.best_weights:
@@ -226,10 +232,15 @@ class _Run:
         epoch, first = divmod(self.state.step, self.task.steps_per_epoch)
         set_train_mode(self.task.model)
         self.lap = time.monotonic()
-        for batch in self.task.batches(epoch, first):
-            self._step(batch)
-            self._count_lap()
-            self._save_if_due()
+        try:
+            for batch in self.task.batches(epoch, first):
+                self._step(batch)
+                self._count_lap()
+                self._save_if_due()
+        except InterruptedError:  # asked to stop while the next batch was waited for
+            if self.team.count > 1:
+                raise  # the others may wait for this process, in the middle of a step
+            self._save_and_leave()
 
     def _step(self, batch: Batch) -> None:
         state, task = self.state, self.task

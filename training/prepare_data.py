@@ -14,15 +14,19 @@ from pathlib import Path
 from data.downloaded_source import Scratch
 from data.duplicates import has_copy
 from data.fetching import STAGE
+from data.manifest import Manifest
 from data.patience import Patience
-from data.prepare import Helper, prepare
+from data.prepare import Helper, digest_of_origin, prepare
 from data.prepared import PreparedData
 from data.processors import available_processors
+from data.pushed_shards import take
 from data.records import DatasetError, Source
+from data.shards import SUFFIXES
 from data.sources import open_source
 from training import runner
 from training.attempts import DOUBTED
 from training.runner import StageContext, StageOutcome
+from training.shard_pushing import ADDRESS_VARIABLE, address_of
 from training.stopping import StopRequest
 from training.store import data_source
 
@@ -39,8 +43,9 @@ def compute(context: StageContext) -> StageOutcome:
     scratch = _scratch(context, FETCHED)
     doubted = context.directory / DOUBTED
     try:
-        manifest = prepare(
-            _open_source(context, scratch),
+        images = _open_source(context, scratch)
+        manifest = _pushed(context, images) or prepare(
+            images,
             context.directory,
             side=settings.prepared_size,
             report=_reporting(context),
@@ -138,6 +143,29 @@ def _reporting(context: StageContext) -> Callable[[int, int], None]:
             )
 
     return report
+
+
+def _pushed(context: StageContext, images: Source) -> Manifest | None:
+    """Take what was pushed to the address in the environment, if it is there."""
+    root = os.environ.get(ADDRESS_VARIABLE)
+    begun = any(
+        each for suffix in SUFFIXES.values() for each in context.directory.glob(f"*{suffix}")
+    )
+    if not root or begun:  # what was begun here ends here
+        return None
+    settings, address = context.settings, address_of(root, context.request.key)
+    made_from = digest_of_origin(images, settings.prepared_size, settings.data.format)
+    found = take(
+        address,
+        context.directory,
+        made_from=made_from,
+        report=_reporting(context),
+        patience=Patience(),
+        stop=context.is_stopped,
+    )
+    what = "is prepared here" if found is None else "has the prepared images; they stay there"
+    _log.info("%s %s.", address, what if found else f"has none: {images.spec} {what}")
+    return found
 
 
 def count_copies(directory: Path, stop: StopRequest) -> int | None:

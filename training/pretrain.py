@@ -39,7 +39,10 @@ def compute(context: StageContext) -> StageOutcome:
     side, shown = settings.model.image_size, settings.pretrain_size
     other = "transfer_data" in context.request.inputs
     splits, left_out = open_pretraining(
-        context.input("data"), settings, context.input("transfer_data") if other else None
+        context.input("data"),
+        settings,
+        context.input("transfer_data") if other else None,
+        stop=context.is_stopped,
     )
     hardware = context.hardware(passes=passes_of_training(settings, len(splits.train)))
     device = hardware.torch_device

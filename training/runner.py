@@ -79,6 +79,10 @@ class StageContext:
         """Where the stage writes."""
         return self.request.directory
 
+    def is_stopped(self) -> bool:
+        """Whether somebody asks for an early end; for what waits, at any depth."""
+        return bool(self.stop)
+
     def input(self, role: str) -> Path:
         """Directory of the stage that fills a role."""
         return self.request.inputs[role].directory

@@ -92,10 +92,13 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert capsys.readouterr().out == without
     commands = re.findall(r"^  ([a-z][a-z0-9-]+)  ", without, flags=re.MULTILINE)
     own = ["predict", "upright", "export", "publish"]
-    assert commands == ["run", *STAGE_COMMANDS, "status", "canary", "presets", "config", *own]
+    others = ["status", "canary", "push-shards", "presets", "config"]
+    assert commands == ["run", *STAGE_COMMANDS, *others, *own]
 
 
-@pytest.mark.parametrize("command", ["run", *STAGE_COMMANDS, "status", "canary", "config"])
+@pytest.mark.parametrize(
+    "command", ["run", *STAGE_COMMANDS, "status", "canary", "push-shards", "config"]
+)
 def test_every_command_has_help_and_the_common_options(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
