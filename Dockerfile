@@ -38,9 +38,10 @@ COPY tasks tasks
 COPY training training
 COPY models models
 COPY data data
-RUN pip install --constraint constraints.txt .
+RUN pip install --constraint constraints.txt ".[s3]"
 
-# Outputs and prepared images belong on a volume, or every run starts from nothing.
+# Outputs and prepared images belong on a volume or in a store (outputs: s3://bucket/prefix), or every
+# run starts from nothing.
 VOLUME /outputs
 ENV GOMP_SPINCOUNT=1000 DO_NOT_TRACK=1
 CMD ["rotvit", "--help"]

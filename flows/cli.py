@@ -14,6 +14,7 @@ import typer
 
 from flows import model_commands
 from flows.local_run import log_path, server_is_configured, start_flow
+from flows.model_commands import outputs_folder
 from training.presets import PRESETS
 from training.stages import STAGES, Stage, plan, refreshed
 
@@ -48,7 +49,13 @@ SetOption = Annotated[
     ),
 ]
 OutputsOption = Annotated[
-    Path, typer.Option("--outputs", metavar="DIR", help="Where everything is written.")
+    Path,
+    typer.Option(
+        "--outputs",
+        metavar="DIR",
+        parser=outputs_folder,
+        help="Where everything is written: a folder, or an address (s3://bucket/prefix).",
+    ),
 ]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Of weights, order and augmentation.")
@@ -256,9 +263,10 @@ def canary(
     downloads = None
     if settings.remote_sources("pretrain"):
         _run(settings, outputs, until="download", refresh=())
-        from training import store
+        from training import remote_outputs, store
 
         downloads = store.make_request(STAGES["download"], settings, outputs, {}).directory
+        remote_outputs.fetch(downloads)
     from rich.console import Console
     from rich.progress import Progress
 
@@ -407,6 +415,11 @@ def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Seq
     console.print(display.closing_table(results))
     for word, path in display.closing_paths(results, outputs):
         console.print(f"{word:<9}{path}", soft_wrap=True, markup=False, highlight=False)
+    from training.remote_outputs import address_of
+
+    if (address := address_of(outputs)) != str(outputs):
+        stored = f"stored   {address}/runs/{results['run']}"
+        console.print(stored, soft_wrap=True, markup=False, highlight=False)
 
 
 def _compute(
@@ -430,7 +443,7 @@ def _compute(
 
 def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:
     """Yield stage, state and why, in words, in the order in which stages run."""
-    from training import store
+    from training import remote_outputs, store
     from training.steps import Found, steps
     from training.wording import scores_in_words
 
@@ -451,6 +464,8 @@ def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str
             yield title, verdict.state, scores_in_words(step.stage.name, verdict.result.scores)
         elif verdict.state == "partial":
             yield title, f"partial at step {verdict.step}", "resumes there"
+        elif not verdict.stale and (there := remote_outputs.newest_step(step.request)) is not None:
+            yield title, f"partial at step {there}", "resumes there"
         else:
             yield title, verdict.state, verdict.why
 

@@ -1,12 +1,11 @@
 """A flow of its own for the feature analysis: what people schedule alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
-from flows.parameters import RunParameters, StageName, run_name
+from flows.parameters import Outputs, RunParameters, StageName, run_name
 from flows.rotation_vit import ENDS_BADLY, run_stages
 from training.settings import Settings
 
@@ -14,7 +13,7 @@ from training.settings import Settings
 @flow(name="feature-analysis", flow_run_name=run_name, **ENDS_BADLY)
 def analyse_features(
     settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
-    outputs: Path = Path("outputs"),
+    outputs: Outputs = "outputs",
     overrides: Sequence[str] = (),
     refresh: Sequence[StageName] = (),
 ) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def analyse_features(
 
     Args:
         settings: Everything that the run depends on; given as a whole, or not at all.
-        outputs: Folder of everything that is written.
+        outputs: Folder of everything that is written, or its address: s3://bucket/prefix.
         overrides: Single settings laid over the others, as path.to.setting=value.
         refresh: Stages to compute again from the beginning.
 

@@ -26,8 +26,30 @@ StageOption = Annotated[
     str | None,
     typer.Option("--stage", metavar="STAGE", help="Whose model of a run."),
 ]
+
+
+def outputs_folder(place: object) -> Path:
+    """Return the folder of the outputs that a user names, by its path or an address."""
+    text = str(place)
+    if ":/" not in text:  # the usual case, for which nothing has to be imported
+        return Path(text)
+    from training.remote_outputs import local_folder
+    from training.stage_files import OutputsError
+
+    try:
+        return local_folder(text)
+    except OutputsError as error:  # click says nothing of what other errors say
+        raise typer.BadParameter(str(error)) from error
+
+
 OutputsOption = Annotated[
-    Path, typer.Option("--outputs", metavar="DIR", help="Where the runs are, for a run's name.")
+    Path,
+    typer.Option(
+        "--outputs",
+        metavar="DIR",
+        parser=outputs_folder,
+        help="Where the runs are, for a run's name: a folder, or an address.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prefect.runtime import flow_run
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from training.configure import override
+from training.remote_outputs import local_folder
 from training.settings import Settings
 from training.stages import STAGES, stage_named
 
@@ -24,20 +25,29 @@ StageName = Annotated[
 """A stage, as the UI's form offers them; underscores are taken, too."""
 
 
+Outputs = Annotated[
+    Path | str,
+    BeforeValidator(str),  # a `Path` would make one slash of the two of an address
+    WithJsonSchema({"type": "string"}),
+]
+"""The outputs folder, or its address."""
+
+
 class RunParameters(BaseModel):
     """Parameters that all flows have in common."""
 
     settings: Settings = Settings()
     overrides: Sequence[str] = ()
-    outputs: Path = Path("outputs")
+    outputs: Outputs = "outputs"
 
     def resolved(self) -> tuple[Settings, Path]:
         """Return the settings with the overrides, and the outputs folder, absolute.
 
         Raises:
             ConfigError: If an override is no setting or has a value that it cannot have.
+            OutputsError: If the outputs have an address that they cannot have.
         """
-        return override(self.settings, self.overrides), self.outputs.expanduser().resolve()
+        return override(self.settings, self.overrides), local_folder(self.outputs)
 
 
 def run_name() -> str:

@@ -16,7 +16,7 @@ from flows.hooks import (
     note_end,
     tidy_up_after_others,
 )
-from flows.parameters import RunParameters, StageName, run_name
+from flows.parameters import Outputs, RunParameters, StageName, run_name
 from tasks.artifacts import publish
 from tasks.delivery import StageTask, deliver
 from tasks.download import download
@@ -32,6 +32,7 @@ from tasks.pretrain import pretrain
 from tasks.report import report
 from tasks.wandb_secret import wandb_key_of_secret
 from training import attempts, preflight
+from training.remote_store import LostError
 from training.run_record import RunRecord
 from training.settings import Settings
 from training.stages import plan, refreshed
@@ -70,7 +71,7 @@ ENDS_BADLY: dict[str, Any] = {
 @flow(name="rotation-vit", flow_run_name=run_name, **ENDS_BADLY)
 def rotation_vit(
     settings: Settings = Settings(),  # noqa: B008 (frozen, so sharing it is safe)
-    outputs: Path = Path("outputs"),
+    outputs: Outputs = "outputs",
     overrides: Sequence[str] = (),
     until: StageName | None = None,
     refresh: Sequence[StageName] = (),
@@ -81,7 +82,7 @@ def rotation_vit(
 
     Args:
         settings: Everything that the run depends on; given as a whole, or not at all.
-        outputs: Folder of everything that is written.
+        outputs: Folder of everything that is written, or its address: s3://bucket/prefix.
         overrides: Single settings laid over the others, as path.to.setting=value.
         until: Last stage to run, with what it needs; by default all of them.
         refresh: Stages to compute again from the beginning.
@@ -121,22 +122,36 @@ def run_stages(
     with wandb_key_of_secret(settings.tracking):
         record = RunRecord(settings, outputs, until=until, command=_command())
         try:
-            for step in steps(settings, outputs, record.found, until, record.name):
-                stage, request = step.stage, step.request
-                assert request  # of all that it needs, the results have been added
-                record.begin(request)
-                if stage.name in again:
-                    attempts.refresh(request, str(flow_run.id))
-                record.add(deliver(TASKS[stage.name], request), step.variant)
-                if stage.name.startswith("download"):  # now it is known what the images are
-                    preflight.check(settings, outputs, until)
-                publish(record.results(), request, record.directory)
+            while not _went_through(settings, outputs, record, until, again):
+                pass  # what was lost at the address of the outputs is computed again
         except BaseException:
             with suppress(OSError):  # a full disk must not hide what has ended the run
                 record.write(state="failed")
             raise
         record.write(state="finished")
         return record.results()
+
+
+def _went_through(
+    settings: Settings, outputs: Path, record: RunRecord, until: str | None, again: Sequence[str]
+) -> bool:
+    """Run the stages; say whether nothing was found to be lost that they build on."""
+    for step in steps(settings, outputs, record.found, until, record.name):
+        stage, request = step.stage, step.request
+        assert request  # of all that it needs, the results have been added
+        record.begin(request)
+        if stage.name in again:
+            attempts.refresh(request, str(flow_run.id))
+        try:
+            result = deliver(TASKS[stage.name], request)
+        except LostError as error:
+            logger.warning("%s", error)
+            return False
+        record.add(result, step.variant)
+        if stage.name.startswith("download"):  # now it is known what the images are
+            preflight.check(settings, outputs, until)
+        publish(record.results(), request, record.directory)
+    return True
 
 
 def _command() -> list[str] | None:

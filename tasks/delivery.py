@@ -20,7 +20,7 @@ from tasks import stage_processes
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
 from tasks.gpu_slot import gpu_slot
 from tasks.live_status import live_status
-from training import store
+from training import remote_outputs, store
 from training.errors import USER_ERRORS
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
@@ -75,13 +75,19 @@ def stage_task(
 
 
 def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
-    """Call a stage's task: *Cached* in Prefect's UI exactly where its result verifies."""
+    """Call a stage's task: *Cached* in Prefect's UI exactly where its result verifies.
+
+    Raises:
+        LostError: If what it builds on is damaged at the address of the outputs, and not here.
+    """
     verdict = store.inspect(request)
     if verdict.result is None:
+        remote_outputs.fetch_inputs(request)
         stage_processes.prepare()  # it imports while Prefect begins the task
-    made = delivering.with_options(
-        result_storage=request.outputs, refresh_cache=verdict.result is None
-    )(request)
+    is_cached = verdict.result is not None and remote_outputs.is_stored(request)
+    made = delivering.with_options(result_storage=request.outputs, refresh_cache=not is_cached)(
+        request
+    )
     if isinstance(made, State):
         made = made.result()
     return verdict.result or made
@@ -90,8 +96,12 @@ def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
 def compute(request: StageRequest) -> StageResult:
     """Return a stage's result: the one that is there, or a new one, from a process of its own."""
     found = store.inspect(request).result
-    if found:
+    if found and remote_outputs.is_stored(request):
         return found
+    return remote_outputs.compute_once(request, _compute_here)
+
+
+def _compute_here(request: StageRequest) -> StageResult:
     with live_status(request) as status, ExitStack() as slot:
         if STAGES[request.stage].trains and status:
             slot.enter_context(gpu_slot(status.name_state))

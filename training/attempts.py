@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.claims import Claims
+from training import remote_outputs
 from training.lock import locked
 from training.stage_files import CHECKPOINTS, KEEP_TOKENS, TRACKING, newest_step
 from training.stages import STAGES
@@ -73,7 +74,10 @@ def refresh(request: StageRequest, run_id: str) -> None:
         run_id: Of the flow run, the same in all attempts at it.
     """
     marker = lock_path(request).with_suffix(".refreshed")
-    with locked(lock_path(request), what=request.title):
+    with (
+        remote_outputs.alone_with(request),
+        locked(lock_path(request), what=request.title),
+    ):
         before = marker.read_text() if marker.is_file() else ""
         if before == run_id:
             return
@@ -88,6 +92,7 @@ def refresh(request: StageRequest, run_id: str) -> None:
             )
         else:
             Claims(request.directory).end()  # those who helped one that was killed write there
+            remote_outputs.forget(request)
             shutil.rmtree(request.directory, ignore_errors=True)
         # Last: cut off before this, the next attempt removes what is not there.
         write_atomically(marker, run_id.encode())

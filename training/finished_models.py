@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.errors import ModelError
+from training import remote_outputs
 from training.stage_files import MODEL, sha256_of
 from training.stages import stage_named
 from training.store import StageResult
@@ -68,9 +69,10 @@ class FinishedRun:
         return chosen
 
     def stage_directory(self, stage: str) -> Path:
-        """Return where a stage lies, also after the outputs were moved."""
+        """Return where a stage lies, also after the outputs were moved; bring it if need be."""
         row = self.stages[stage]
         moved = self.directory.parents[1] / stage / str(row["key"])
+        remote_outputs.bring(moved)
         return moved if moved.is_dir() else Path(row["directory"])
 
 
@@ -140,6 +142,8 @@ def find_run(place: str, outputs: Path) -> FinishedRun:
     Raises:
         ModelError: If there is none, or it is damaged.
     """
+    if "/" not in place:  # a name
+        remote_outputs.fetch_record(outputs.expanduser() / "runs" / place)
     for directory in (Path(place).expanduser(), outputs.expanduser() / "runs" / place):
         file = directory / "results.json"
         if not file.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 from data.records import DatasetError
 from data.sources import Outline, outline
 from data.splits import train_size
-from training import store
+from training import remote_outputs, store
 from training.settings import ConfigError, Settings
 from training.stage_files import OutputsError
 from training.stages import STAGES, plan, transfer_data
@@ -47,7 +47,7 @@ def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
 
 
 def check_outputs(outputs: Path) -> None:
-    """Make the outputs folder where it is missing.
+    """Make the outputs folder where it is missing; ask the store where it is kept for an address.
 
     Raises:
         OutputsError: If it cannot be written.
@@ -62,6 +62,7 @@ def check_outputs(outputs: Path) -> None:
             f"The outputs folder must be writable, {outputs} is not: {error.strerror}. "
             "Choose another one with --outputs."
         ) from error
+    remote_outputs.check(outputs)
 
 
 def _check_source(name: str, settings: Settings, stages: list[str], outputs: Path) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from data.records import DatasetError
 from data.specs import without_secrets
-from training import figures, report_pictures, runner, store
+from training import figures, remote_outputs, report_pictures, runner, store
 from training.configure import flatten
 from training.hardware import decide
 from training.images import copies_in_pretraining
@@ -97,6 +97,9 @@ def whole_page(
     chosen = settings.hardware
     if not finished:  # the GPU is the training's that is going
         chosen = chosen.model_copy(update={"device": "cpu"})
+    for result in (*found.stages.values(), *found.by_role.values()):
+        if not result.stage.startswith("download"):
+            remote_outputs.fetch(result.directory)
     hardware = decide(chosen, embed_dim=settings.model.embed_dim)
     return render(
         found.stages,

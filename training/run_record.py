@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from training import stage_files
+from training import remote_outputs, stage_files
 from training.commit import describe_commit
 from training.configure import to_yaml
 from training.seeds import over_seeds
@@ -68,6 +68,7 @@ class RunRecord:
         self._command = list(command or ["rotvit", *sys.argv[1:]])
         self._started = _now()
         self._places: dict[str, str] = {}
+        remote_outputs.fetch_record(self.directory)
         self._earlier = self._read_earlier()
         self.write(state="running")
 
@@ -99,7 +100,11 @@ class RunRecord:
         self.write(state="running")
 
     def write(self, *, state: str) -> None:
-        """Write everything; `state` is running, finished or failed."""
+        """Write everything; `state` is running, finished or failed.
+
+        Raises:
+            OutputsError: If a finished run cannot be stored at the address of the outputs.
+        """
         write_atomically(self.directory / "config.yaml", to_yaml(self.settings).encode())
         facts = {
             "run": self.name,
@@ -123,6 +128,7 @@ class RunRecord:
             self._write_page_of_what_there_is()
         _write_json(self.directory / "run.json", facts)
         _write_json(self.directory / "results.json", self._results_and_earlier())
+        remote_outputs.store_record(self.directory, must=state == "finished")
 
     def _write_page_of_what_there_is(self) -> None:
         """Report a run that ended before the report stage, such as one without labels."""
@@ -223,13 +229,14 @@ def note_end(
         "written_at": _now(),
     }
     _write_json(directory / "run.json", {**facts, **added})
+    remote_outputs.store_record(directory, must=False)
     return added
 
 
 def resume_command(directory: Path, outputs: Path, until: str | None) -> str:
     """Return the command that goes on with the run recorded in `directory`."""
     words = ["rotvit", "run", "--config", str(directory / "config.yaml")]
-    words += ["--outputs", str(outputs)]
+    words += ["--outputs", remote_outputs.address_of(outputs)]
     if until:
         words += ["--until", until.replace("_", "-")]
     return shlex.join(words)
@@ -255,7 +262,7 @@ def record_if_all_cached(
     found, results = Found(), list[tuple[StageResult, Variant | None]]()
     for step in steps(settings, outputs, found, until):
         result = inspect(step.request).result if step.request else None
-        if result is None:
+        if result is None or not step.request or not remote_outputs.is_stored(step.request):
             return None
         found.add(result, step.variant.name if step.variant else "")
         results.append((result, step.variant))

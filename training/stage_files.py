@@ -25,6 +25,10 @@ KEEP_TOKENS = "keep_tokens.json"
 TRACKING = "wandb"
 """Folder of what is on its way to W&B, below a stage's directory; no part of its result."""
 
+NOT_FETCHED = "not-fetched.json"
+"""File of a finished stage whose files are at the address of the outputs, and perhaps not here; it
+names them, and the result that they belong to. See `training.remote_outputs`."""
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says when a file cannot grow: no space, a quota, a limit of the process."""
 
@@ -65,6 +69,15 @@ def newest_checkpoint(directory: Path) -> Path | None:
     found = (directory / CHECKPOINTS).glob("step-*")
     # By name: steps have leading zeros, and of two of a step the evaluated one is the newer.
     return max((path for path in found if checkpoint_step(path) is not None), default=None)
+
+
+def lies_elsewhere(directory: Path) -> bool:
+    """Whether what a finished stage made is at the address of the outputs, and perhaps not here."""
+    try:
+        marker = json.loads((directory / NOT_FETCHED).read_bytes())
+        return bool(marker["result"] == sha256_of(directory / "result.json"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def sync_files(directory: Path, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training import store
+from training import remote_outputs, store
 from training.settings import Settings
 from training.stages import Stage, plan
 from training.store import StageRequest, StageResult
@@ -87,6 +87,7 @@ def steps(
     Raises:
         ConfigError: If `until` names no stage.
         DatasetError: If a source of images cannot be read.
+        OutputsError: If the outputs have an address, and its store fails.
     """
     planned = plan(settings, until)
     report = [stage for stage in planned if stage.name == "report"]
@@ -126,4 +127,5 @@ def _step(
             return Step(stage, variant, None, needed)
     name = variant.name if variant else ""
     request = store.make_request(stage, settings, outputs, results, run, variant=name, more=more)
+    remote_outputs.look(request)
     return Step(stage, variant, request)

@@ -1,0 +1,131 @@
+"""Leases in a store: one holder at a time, whoever dies or falls asleep."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from training import remote_lock
+from training.remote_lock import leased
+from training.remote_store import Store
+
+FOLDER = "locks/pretrain-k"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote_lock, "DEAD_AFTER_SECONDS", 1.0)
+
+
+@pytest.fixture
+def remote(address: str) -> Store:
+    return Store(address)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Store:
+    return Store(f"file://{tmp_path}/store")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("address", ["file", "s3"], indirect=True)
+def test_one_holds_it_at_a_time_and_all_get_it(remote: Store) -> None:
+    inside, most, turns = 0, 0, threading.Lock()
+
+    def take(number: int) -> None:
+        nonlocal inside, most
+        with leased(Store(remote.address), FOLDER, owner=f"machine {number}", what="a stage"):
+            with turns:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.05)
+            with turns:
+                inside -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(take, range(4)))
+    assert most == 1
+
+
+@pytest.mark.parametrize("address", ["file", "s3"], indirect=True)
+def test_of_many_that_create_at_once_one_succeeds(remote: Store) -> None:
+    contents = [f"machine {number}".encode() for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda content: remote.create("locks/one", content), contents))
+    assert made.count(True) == 1
+    assert remote.read("locks/one") == contents[made.index(True)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_is_alive_is_waited_for(
+    folder: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="training")
+    order: list[str] = []
+
+    def second() -> None:
+        with leased(folder, FOLDER, owner="second", what="a stage"):
+            order.append("second")
+
+    with leased(folder, FOLDER, owner="first", what="a stage"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(2.5)  # more than twice the time after which one without a sign of life is dead
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert "Waiting for process" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_lease_of_a_dead_holder_is_taken_over_and_not_before_its_time(
+    folder: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = json.dumps({"owner": "dead", "host": "there", "process": 7}).encode()
+    assert folder.create(f"{FOLDER}/00000003", dead)
+    began = time.monotonic()
+    with leased(folder, FOLDER, owner="heir", what="a stage") as lease:
+        assert 1.0 <= time.monotonic() - began < 5
+        assert lease.is_held()
+    assert "process 7 on there has given no sign of life" in caplog.text
+    assert list(folder.sizes(FOLDER)) == ["00000004"]
+
+
+def test_whoever_died_on_the_same_machine_is_not_waited_for(remote: Store) -> None:
+    dead = json.dumps({"owner": "this folder"}).encode()
+    assert remote.create(f"{FOLDER}/00000001", dead)
+    began = time.monotonic()
+    with leased(remote, FOLDER, owner="this folder", what="a stage"):
+        pass
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_was_suspended_finds_that_it_has_lost_it(
+    folder: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_lock, "BEAT_SECONDS", 60.0)
+    with leased(folder, FOLDER, owner="sleeper", what="a stage") as lost:
+        assert lost.is_held()
+        with leased(folder, FOLDER, owner="heir", what="a stage") as held:
+            assert not lost.is_held()
+            assert held.is_held()
+            lost._beat_once(1)  # on waking up
+            assert held.is_held()
+        assert not lost.is_held()
+    # And its end does not undo the end of the other one.
+    assert json.loads(folder.read(f"{FOLDER}/00000002") or b"") == {"released": True}
+
+
+def test_a_number_that_was_used_and_removed_is_not_held_again(remote: Store) -> None:
+    """Whoever looked long ago creates a low number, and must see that a higher one counts."""
+    with leased(remote, FOLDER, owner="a", what="a stage"):
+        pass
+    with leased(remote, FOLDER, owner="b", what="a stage"):
+        assert remote_lock._create(remote, FOLDER, 1, {"owner": "late"})
+        assert remote_lock._newest(remote, FOLDER) == 2
