@@ -215,7 +215,7 @@ def main() -> int:
         root = Path(scratch)
         found = make_prepared(root / "local", arguments.images)
         size = sum(entry.size for entry in found.shards["train"])
-        nothing = {"report": lambda done, total: None, "patience": Patience()}
+        nothing: dict[str, Any] = {"report": lambda done, total: None, "patience": Patience()}
         push(root / "local", str(root / "there"), **nothing)
         ports = context.Queue()
         server = context.Process(
