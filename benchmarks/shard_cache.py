@@ -142,7 +142,7 @@ def read_epoch(directory: Path) -> dict[str, float | str]:
     digest, count = hashlib.blake2b(), 0
     for batch in made.epoch(0):
         count += len(batch.ids)
-        digest.update(batch.images[:, :, ::40, ::40].contiguous().numpy())
+        digest.update(batch.images[:, :, ::40, ::40].contiguous().numpy().tobytes())
         digest.update(batch.ids.tobytes())
     seconds = time.perf_counter() - began
     (pixels,) = opened.train._shards[:1]
