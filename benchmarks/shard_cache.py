@@ -48,9 +48,9 @@ LATENCY_MILLISECONDS = 30.0
 TURNS = 3
 """How often each way is measured; in turns."""
 
-WARM_OVER_LOCAL = 0.5
-"""Bound: images/s from a full cache over those from local files, which are not held against their
-digests."""
+FULL_OVER_LOCAL = 4.0
+"""Bound: processor time of an image from a full cache over that of one from local files, which is
+not held against a digest. Not the wall's time, of which neighbours take theirs."""
 
 NEEDED_PER_SECOND = 5000
 """Images that a fast GPU may want in a second; only to say what that takes."""
@@ -142,7 +142,7 @@ def read_epoch(directory: Path) -> dict[str, float | str]:
     digest, count = hashlib.blake2b(), 0
     for batch in made.epoch(0):
         count += len(batch.ids)
-        digest.update(batch.images[:, :, ::40, ::40].contiguous().numpy())
+        digest.update(batch.images[:, :, ::40, ::40].contiguous().numpy().tobytes())
         digest.update(batch.ids.tobytes())
     seconds = time.perf_counter() - began
     (pixels,) = opened.train._shards[:1]
@@ -198,7 +198,7 @@ def missed_bounds(figures: dict[str, Any]) -> list[str]:
     """Name the promises that were not kept."""
     kept = {
         "same bytes": figures["same_bytes"],
-        "cache full": figures["cache_full_over_local"] >= WARM_OVER_LOCAL,
+        "cache full": figures["cache_full_over_local"] <= FULL_OVER_LOCAL,
     }
     return [name for name, value in kept.items() if not value]
 
@@ -215,7 +215,7 @@ def main() -> int:
         root = Path(scratch)
         found = make_prepared(root / "local", arguments.images)
         size = sum(entry.size for entry in found.shards["train"])
-        nothing = {"report": lambda done, total: None, "patience": Patience()}
+        nothing: dict[str, Any] = {"report": lambda done, total: None, "patience": Patience()}
         push(root / "local", str(root / "there"), **nothing)
         ports = context.Queue()
         server = context.Process(
@@ -235,8 +235,10 @@ def main() -> int:
         **{name.replace(" ", "_"): values for name, values in medians.items()},
         "megabytes_per_second_needed": NEEDED_PER_SECOND * image / 1e6,
     }
-    warm = medians["cache full"]["images_per_second"] / medians["local files"]["images_per_second"]
-    figures["cache_full_over_local"] = warm
+    full, local = (
+        medians[name]["processor_microseconds"] for name in ("cache full", "local files")
+    )
+    figures["cache_full_over_local"] = full / local
     figures["missed"] = missed_bounds(figures)
     print(
         f"{'':<20}{'images/s':>10}{'MB/s':>8}{'least':>8}{'most':>8}{'µs/image':>10}{'fetched':>9}"

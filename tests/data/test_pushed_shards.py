@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data import pushed_shards
+from data import pushed_shards, remote_files
 from data.manifest import read as read_manifest
 from data.patience import DownloadError, Patience
 from data.prepare import prepare
@@ -147,7 +147,7 @@ def test_what_is_there_is_not_copied_again(
 ) -> None:
     pushed(directory)
     copied: list[str] = []
-    original = pushed_shards.put
+    original = remote_files.put
 
     def counting(path: Path, url: str) -> None:
         copied.append(path.name)
@@ -317,4 +317,4 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(address: str) -> N
 def test_a_web_server_takes_no_files(directory: Path) -> None:
     shutil.copy(directory / "manifest.json", directory / FILE_NAME)
     with pytest.raises(DatasetError, match="put into a store"):
-        pushed_shards.put(directory / FILE_NAME, "https://host.invalid/x")
+        remote_files.put(directory / FILE_NAME, "https://host.invalid/x")

@@ -40,7 +40,7 @@ PATIENCE = Patience(
     first_wait=0.01,
     longest_wait=0.02,
     longest_asked=0.1,
-    stall_seconds=0.5,
+    stall_seconds=3.0,
     least_bytes=100,
 )
 

@@ -35,7 +35,7 @@ TENTH_BYTES = 24_000
 """Limit of a cache that gets a few of the 81 images of 1.2 kB: its map and each piece of a file
 take blocks of 4 kB."""
 
-PATIENCE = Patience(attempts=4, first_wait=0.01, longest_wait=0.02, stall_seconds=1.0)
+PATIENCE = Patience(attempts=4, first_wait=0.01, longest_wait=0.02, stall_seconds=5.0)
 
 
 @pytest.fixture(autouse=True)
