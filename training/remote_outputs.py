@@ -475,7 +475,7 @@ class _Mirror:
             stored_as = f"runs/{directory.name}/{stored_as}"
             if content is None or self._sent.get(stored_as) == content:
                 continue
-            if name.endswith(".json"):
+            if name == "results.json":  # the command in run.json is for this machine
                 content_there = _replaced(content, str(self._folder), self.store.shown)
             else:
                 content_there = content
@@ -486,7 +486,7 @@ class _Mirror:
         for name in _RECORD:
             content = self.store.read(f"runs/{directory.name}/{name}")
             if content is not None:
-                if name.endswith(".json"):
+                if name == "results.json":
                     content = _replaced(content, self.store.shown, str(self._folder))
                 write_atomically(directory / name, content)
 
