@@ -309,7 +309,7 @@ def test_a_child_helps_with_what_another_run_computes_and_takes_over_from_it(
     """The test itself is the other run: it holds the stage's lock, wants help and makes nothing."""
     request = store.make_request(STAGES["prepare_data"], tiny_settings, tmp_path, {})
     source = open_source(*store.data_source(request.stage, tiny_settings))
-    made_from = prepare._made_from(source, tiny_settings.prepared_size, "raw")
+    made_from = prepare.digest_of_origin(source, tiny_settings.prepared_size, "raw")
     plan = {**prepare._tools(), "made_from": made_from, "counts": dict(source.counts)}
     heard: list[Progress] = []
     deadline = time.monotonic() + 60
