@@ -1,11 +1,13 @@
 """What is known of a remote source before its images are fetched."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.registry import _registry
 
 from data.listing import list_source
 from data.records import DatasetError
@@ -94,7 +96,11 @@ def test_a_store_that_fsspec_knows(tmp_path: Path) -> None:
         get("parquet:memory://bucket/*.pq", tmp_path / "e")
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_a_store_whose_package_is_missing_is_said(tmp_path: Path, scheme: str) -> None:
-    with pytest.raises(DatasetError, match=r"needs one more package.*(s3fs|gcsfs)"):
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_store_whose_package_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, scheme, raising=False)
+    with pytest.raises(DatasetError, match=rf"needs one more package.*{package}"):
         get(f"parquet:{scheme}://bucket/*.parquet", tmp_path)

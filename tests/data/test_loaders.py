@@ -138,7 +138,9 @@ def test_the_parts_of_a_batch_are_the_batch(subset: Subset, crop_scale: float | 
     parts = [make_batches(subset, **changes, share=Share(n, 3)).epoch(3, 1) for n in range(3)]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert batch.ids.tolist() == np.concatenate([each.ids for each in shares]).tolist()
-        assert torch.equal(batch.images, torch.cat([each.images for each in shares]))
+        images = torch.cat([each.images for each in shares])
+        # Resizing rounds by how many images there are, on some processors.
+        torch.testing.assert_close(images, batch.images, rtol=0, atol=1e-6)
 
 
 def test_crops_come_from_everywhere_and_half_of_them_are_mirrored(subset: Subset) -> None:

@@ -71,7 +71,9 @@ def check_outcomes(photos: list[Photo]) -> None:
     assert [photo.name for photo in photos] == list(EXPECTED)
     for photo in photos:
         outcome, turned, reason = EXPECTED[photo.name]
-        assert (photo.outcome, photo.turned) == (outcome, turned), photo
+        assert photo.outcome == outcome, photo
+        # With nothing on it, all turns are alike but for rounding.
+        assert photo.turned == turned or reason == "not sure enough", photo
         assert photo.reason.startswith(reason)
         assert (photo.probability or 0) > 0.9 or outcome == "skipped"
 
