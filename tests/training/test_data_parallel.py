@@ -192,6 +192,8 @@ def test_the_other_trainings_end_alike_too(request_of: RequestOf, stage: str) ->
     assert other_scores == scores
     assert other_curve == pytest.approx(curve, abs=1e-5)
     for name, tensor in weights.items():
+        if name.endswith("k_proj.bias"):
+            continue  # attention does not see it: its gradient is rounding, which AdamW makes large
         torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
