@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,12 @@ class Prefect:
         )
 
     def deployment_run(
-        self, name: str, *, overrides: Sequence[str] = (), tags: Sequence[str] = ()
+        self,
+        name: str,
+        *,
+        overrides: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> UUID:
         """Type `prefect deployment run NAME` with the settings of a tiny run."""
         parameters = {
@@ -105,6 +110,8 @@ class Prefect:
             "outputs": str(self.outputs),
         }
         options = [option for tag in tags for option in ("--tag", tag)]
+        for variable, value in (variables or {}).items():
+            options += ["--job-variable", f"{variable}={json.dumps(value)}"]
         done = self.prefect("deployment", "run", name, "--params", json.dumps(parameters), *options)
         found = re.search(r"UUID: ([0-9a-f-]{36})", done.stdout)
         assert found, done.stdout + done.stderr
