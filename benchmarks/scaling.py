@@ -36,7 +36,7 @@ from unittest.mock import patch
 
 import torch
 from scaling_model import NETWORKS, NVLINK, Assumptions, Prediction, predict
-from throughput import draw_files
+from throughput import Case, draw_files
 from torch import Tensor, distributed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -76,21 +76,6 @@ class Arm:
 
 
 ARMS = {"one": Arm(1, 1), "two": Arm(2, 1), "threads": Arm(1, 2)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured of a preset.
-
-    Attributes:
-        images_per_step: Each gives four samples.
-        block: Steps before it is another's turn.
-        blocks: Turns of each; the first one of each warms up and does not count.
-    """
-
-    images_per_step: int
-    block: int
-    blocks: int
 
 
 CASES = {

@@ -70,6 +70,10 @@ def pushed_away(settings: Settings, outputs: Path, address: Path) -> StageReques
     return request
 
 
+def push_copies(settings: Settings, outputs: Path, address: Path) -> None:
+    push(settings, outputs, str(address), delete_pixels=False, report=lambda done, total: None)
+
+
 def weights_sha256(request: StageRequest) -> str:
     return stage_files.sha256_of(request.directory / "model" / "model.safetensors")
 
@@ -216,13 +220,7 @@ def test_another_machine_takes_what_was_pushed_and_prepares_nothing(
     request = prepared(tiny_settings, tmp_path / "first")
     first = store.inspect(request).result
     assert first is not None
-    push(
-        tiny_settings,
-        tmp_path / "first",
-        str(tmp_path / "there"),
-        delete_pixels=False,
-        report=lambda done, total: None,
-    )
+    push_copies(tiny_settings, tmp_path / "first", tmp_path / "there")
     monkeypatch.setenv("ROTVIT_SHARDS", str(tmp_path / "there"))
     monkeypatch.setattr(prepare_data, "prepare", None)  # is not called
     other = prepared(tiny_settings, tmp_path / "other")
@@ -238,13 +236,7 @@ def test_what_is_not_at_the_address_is_prepared_and_what_was_begun_goes_on_here(
     monkeypatch.setenv("ROTVIT_SHARDS", str(tmp_path / "there"))
     request = prepared(tiny_settings, tmp_path / "outputs")
     assert list(request.directory.glob("*.npy"))
-    push(
-        tiny_settings,
-        tmp_path / "outputs",
-        str(tmp_path / "there"),
-        delete_pixels=False,
-        report=lambda done, total: None,
-    )
+    push_copies(tiny_settings, tmp_path / "outputs", tmp_path / "there")
     (request.directory / "train-00001.npy").unlink()
     (request.directory / "pushed.json").unlink()
     assert store.inspect(request).state == "missing"
@@ -256,13 +248,7 @@ def test_images_made_from_others_are_not_taken(
     tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = prepared(tiny_settings, tmp_path / "first")
-    push(
-        tiny_settings,
-        tmp_path / "first",
-        str(tmp_path / "there"),
-        delete_pixels=False,
-        report=lambda done, total: None,
-    )
+    push_copies(tiny_settings, tmp_path / "first", tmp_path / "there")
     there = tmp_path / "there" / request.key / "manifest.json"
     there.write_text(json.dumps({**json.loads(there.read_text()), "made_from": "something else"}))
     monkeypatch.setenv("ROTVIT_SHARDS", str(tmp_path / "there"))
