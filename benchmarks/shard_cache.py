@@ -5,9 +5,10 @@
 
 A web server in a process of its own stands in for the store; it answers after a delay. One epoch
 after the other is read, as a training does, but nothing is computed: from local files; from the
-server with no cache; while a cache that is large enough is filled; from the full cache; and with a
-cache of a tenth. All epochs are of the same seed, so that they must give the same bytes. The last
-line is JSON; the exit status is 1 when they do not, or a bound is missed.
+server with no cache; while a cache that is large enough is filled; from the full cache, for the
+first time in a process and once more; and with a cache of a tenth. All epochs are of the same
+seed, so that they must give the same bytes. The last line is JSON; the exit status is 1 when they
+do not, or a bound is missed.
 """
 
 import argparse
@@ -48,9 +49,9 @@ LATENCY_MILLISECONDS = 30.0
 TURNS = 3
 """How often each way is measured; in turns."""
 
-FULL_OVER_LOCAL = 4.0
-"""Bound: processor time of an image from a full cache over that of one from local files, which is
-not held against a digest. Not the wall's time, of which neighbours take theirs."""
+FULL_OVER_LOCAL = 2.5
+"""Bound: processor time of an image from a full cache over that of one from local files, both read
+once before. Not the wall's time, of which neighbours take theirs."""
 
 NEEDED_PER_SECOND = 5000
 """Images that a fast GPU may want in a second; only to say what that takes."""
@@ -124,8 +125,13 @@ def make_prepared(directory: Path, images: int) -> Manifest:
     return found
 
 
-def read_epoch(directory: Path) -> dict[str, float | str]:
-    """Read an epoch; return images/s, processor time of an image, what was fetched, a digest."""
+def read_epoch(directory: Path, *, before: int = 0) -> dict[str, float | str]:
+    """Read an epoch; return images/s, processor time of an image, what was fetched, a digest.
+
+    Args:
+        directory: Of the prepared images.
+        before: How often it is read before, by the same objects.
+    """
     opened = PreparedData.open(directory)
     train = Subset(opened.train, np.arange(len(opened.train), dtype=np.int64))
     made = Batches(
@@ -138,6 +144,9 @@ def read_epoch(directory: Path) -> dict[str, float | str]:
     )
     # What is done with the pixels afterwards is the same for all, and left out.
     made._augment = lambda pixels, ids, epoch: pixels  # type: ignore[method-assign]
+    for _ in range(before):
+        for _batch in made.epoch(0):
+            pass
     began, processor = time.perf_counter(), time.process_time()
     digest, count = hashlib.blake2b(), 0
     for batch in made.epoch(0):
@@ -157,20 +166,21 @@ def read_epoch(directory: Path) -> dict[str, float | str]:
 def ways(root: Path, size: int) -> Iterator[tuple[str, Callable[[], dict[str, float | str]]]]:
     """Yield what is compared, in the order of a turn."""
 
-    def through(cache: str, share_of_set: float) -> dict[str, float | str]:
+    def through(cache: str, share_of_set: float, before: int = 0) -> dict[str, float | str]:
         os.environ[DIRECTORY_VARIABLE] = str(root / cache)
         os.environ[LIMIT_VARIABLE] = str(share_of_set * size / 2**30)
-        return read_epoch(root / "remote")
+        return read_epoch(root / "remote", before=before)
 
     def emptied(cache: str) -> str:
         for path in (root / cache).glob("*/have"):
             path.unlink()  # without it a set is begun anew
         return cache
 
-    yield "local files", lambda: read_epoch(root / "local")
+    yield "local files", lambda: read_epoch(root / "local", before=1)
     yield "no cache", lambda: through("none", 0)
     yield "cache being filled", lambda: through(emptied("whole"), 1.2)
     yield "cache full", lambda: through("whole", 1.2)
+    yield "cache full again", lambda: through("whole", 1.2, before=1)
     yield "cache of a tenth", lambda: through("tenth", 0.1)
 
 
@@ -198,7 +208,7 @@ def missed_bounds(figures: dict[str, Any]) -> list[str]:
     """Name the promises that were not kept."""
     kept = {
         "same bytes": figures["same_bytes"],
-        "cache full": figures["cache_full_over_local"] <= FULL_OVER_LOCAL,
+        "cache full again": figures["cache_full_over_local"] <= FULL_OVER_LOCAL,
     }
     return [name for name, value in kept.items() if not value]
 
@@ -236,7 +246,7 @@ def main() -> int:
         "megabytes_per_second_needed": NEEDED_PER_SECOND * image / 1e6,
     }
     full, local = (
-        medians[name]["processor_microseconds"] for name in ("cache full", "local files")
+        medians[name]["processor_microseconds"] for name in ("cache full again", "local files")
     )
     figures["cache_full_over_local"] = full / local
     figures["missed"] = missed_bounds(figures)

@@ -6,8 +6,9 @@ the part that does; and that part is found by keeping what comes first. So nothi
 for something else: images are kept as they come, until the space is used up.
 
 A set is a folder: `images`, a sparse file in which each image has its place, and `have`, one byte
-per image that says whether it is there. Every image is held against its digest when it is read, so
-that one which was half written when the machine lost power, or went bad on the disk, is noticed.
+per image that says whether it is there. Every image is held against its digest when a process
+reads it for the first time, so that one which was half written when the machine lost power, or went
+bad on the disk since, is noticed.
 """
 
 import fcntl
@@ -110,6 +111,7 @@ class ShardCache:
         self._ends = np.cumsum(sizes)
         self._sizes, self._digests = sizes, digests
         self._root, self._folder = space.directory, space.directory / name
+        self._checked = np.zeros(len(sizes), dtype=np.bool_)
         self._told_of_damage = False
         self._threads = threading.Lock()
         try:
@@ -133,16 +135,23 @@ class ShardCache:
         return np.asarray(numbers[self._have[numbers] == 0])
 
     def get(self, number: int) -> bytes | None:
-        """Return an image, or None if it is not here, or not as it was put."""
+        """Return an image, or None if it is not here, or not as it was put.
+
+        It is held against its digest when this object reads it for the first time, as files of
+        prepared images are once; in every epoch that would take more than all the reading.
+        """
         if not self._have[number]:
             return None
         size = int(self._sizes[number])
         content = b""
         with suppress(OSError):  # of a disk that fails
             content = os.pread(self._images, size, int(self._ends[number]) - size)
-        if len(content) == size and digest_of_image(content) == int(self._digests[number]):
+        if len(content) == size and (
+            self._checked[number] or digest_of_image(content) == int(self._digests[number])
+        ):
+            self._checked[number] = True
             return content
-        self._have[number] = 0
+        self._have[number], self._checked[number] = 0, False
         if not self._told_of_damage:
             self._told_of_damage = True
             _log.warning(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import shard_cache
 from data.records import DatasetError
 from data.shard_cache import CacheSpace, ShardCache, digest_of_image
 
@@ -106,6 +107,23 @@ def test_a_damaged_image_is_noticed_and_can_be_put_again(
     assert cache.missing(ALL).tolist() == [2]
     cache.put({2: CONTENTS[2]})
     assert kept(cache) == list(range(COUNT))
+
+
+def test_an_image_is_held_against_its_digest_once(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def counted(content: bytes) -> int:
+        held.append(content)
+        return digest_of_image(content)
+
+    monkeypatch.setattr(shard_cache, "digest_of_image", counted)
+    for cache in (opened(), opened()):  # what another object has read is not taken on trust
+        cache.put(CONTENTS)
+        for _epoch in range(3):
+            assert kept(cache) == list(range(COUNT))
+    assert len(held) == 2 * COUNT
 
 
 def test_an_image_that_is_marked_and_was_never_written_is_noticed(
