@@ -2,21 +2,27 @@
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import model_commands
-from flows.local_run import log_path, server_is_configured, start_flow
-from flows.model_commands import outputs_folder
+from flows import data_commands, model_commands
+from flows.options import (
+    ConfigOption,
+    OutputsOption,
+    PresetOption,
+    SeedOption,
+    SeedsOption,
+    SetOption,
+    settings_of,
+)
+from flows.terminal_run import KilledError, RunFailedError, is_user_error, run_and_show, sentence
 from training.presets import PRESETS
-from training.stages import STAGES, Stage, plan, refreshed
+from training.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from training.settings import Settings
@@ -31,52 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-PresetOption = Annotated[
-    str | None,
-    typer.Option("--preset", metavar="NAME", help=f"{', '.join(PRESETS)}; drawn by default."),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="YAML file, as `rotvit config` prints it."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="One setting; may be given again. `NAME=none` unsets it.",
-    ),
-]
-OutputsOption = Annotated[
-    Path,
-    typer.Option(
-        "--outputs",
-        metavar="DIR",
-        parser=outputs_folder,
-        help="Where everything is written: a folder, or an address (s3://bucket/prefix).",
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Of weights, order and augmentation.")
-]
-
-SeedsOption = Annotated[
-    int | None,
-    typer.Option("--seeds", metavar="N", help="How many seeds, for means and their spread."),
-]
-
-
-class RunFailedError(RuntimeError):
-    """A stage failed, and not by a user's mistake."""
-
-
-class KilledError(BaseException):
-    """A signal asked this process to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:  # a user's mistake is a line; anything else goes on as it came
-        if not _is_user_error(error):
+        if not is_user_error(error):
             raise
         return _fail(str(error), EXIT_USER_ERROR)
     return 0
@@ -152,8 +112,8 @@ def run(
     ] = None,
 ) -> None:
     """Run all stages."""
-    settings = _settings(preset, config, overrides, seed, seeds)
-    _run(settings, outputs, until=until, refresh=refresh or ())
+    settings = settings_of(preset, config, overrides, seed, seeds)
+    run_and_show(settings, outputs, until=until, refresh=refresh or ())
 
 
 def _add_stage_command(stage: Stage) -> None:
@@ -166,8 +126,8 @@ def _add_stage_command(stage: Stage) -> None:
         seed: SeedOption = None,
         seeds: SeedsOption = None,
     ) -> None:
-        settings = _settings(preset, config, overrides, seed, seeds)
-        _run(settings, outputs, until=stage.name, refresh=())
+        settings = settings_of(preset, config, overrides, seed, seeds)
+        run_and_show(settings, outputs, until=stage.name)
 
 
 def _title(stage: str) -> str:
@@ -197,7 +157,7 @@ def report(
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Run the stages that are missing, then write the report; with --open show it."""
-    settings = _settings(preset, config, overrides, seed, seeds)
+    settings = settings_of(preset, config, overrides, seed, seeds)
     outputs = outputs.expanduser().resolve()
     if so_far:
         from training.report import write_so_far
@@ -207,7 +167,7 @@ def report(
     else:
         from training.run_record import run_directory
 
-        _run(settings, outputs, until="report", refresh=())
+        run_and_show(settings, outputs, until="report")
         page = run_directory(settings, outputs) / "report" / "index.html"
     if show:
         import webbrowser
@@ -226,128 +186,13 @@ def status(
     seeds: SeedsOption = None,
 ) -> None:
     """Say what is cached, partial or missing."""
-    settings = _settings(preset, config, overrides, seed, seeds)
+    settings = settings_of(preset, config, overrides, seed, seeds)
     rows = list(_states(settings, outputs.expanduser().resolve()))
     from rich.console import Console
 
     from flows import display
 
     Console().print(display.states_table(rows))
-
-
-@app.command()
-def canary(
-    preset: PresetOption = None,
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    outputs: OutputsOption = Path("outputs"),
-    seed: SeedOption = None,
-    seeds: SeedsOption = None,
-    source: Annotated[
-        str | None,
-        typer.Option("--source", metavar="SOURCE", help="Short for --set data.source=SOURCE."),
-    ] = None,
-    images: Annotated[
-        int,
-        typer.Option("--images", metavar="N", help="Noise images; more find fainter marks."),
-    ] = 3000,
-) -> None:
-    """Say whether your files and the data path give the rotation away.
-
-    Noise in files like yours (sizes, JPEG tables, EXIF) goes the whole way to the network. The exit
-    status is 0 if a classifier cannot tell which way up it was, and 1 if it can.
-    """
-    given = [*(overrides or ()), *([f"data.source={source}"] if source is not None else [])]
-    settings = _settings(preset, config, given, seed, seeds)
-    outputs = outputs.expanduser().resolve()
-    downloads = None
-    if settings.remote_sources("pretrain"):
-        _run(settings, outputs, until="download", refresh=())
-        from training import remote_outputs, store
-
-        downloads = store.make_request(STAGES["download"], settings, outputs, {}).directory
-        remote_outputs.fetch(downloads)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from data.specs import without_secrets
-    from flows import display
-    from training.canary import check_path
-    from training.preflight import check_outputs
-
-    check_outputs(outputs)
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bars:
-        bar = bars.add_task("noise", total=None)
-        verdict = check_path(
-            settings,
-            images=images,
-            workplace=outputs,
-            downloads=downloads,
-            report=lambda done, total: bars.update(bar, completed=done, total=total),
-        )
-    Console().print(display.canary_table(verdict.readings))
-    typer.echo(
-        f"Noise in the form of files of {without_secrets(settings.data.source)}: {verdict.files}."
-    )
-    typer.echo(verdict.in_words())
-    if verdict.leaks:
-        raise typer.Exit(EXIT_FAILED)
-
-
-@app.command()
-def push_shards(
-    address: Annotated[
-        str,
-        typer.Argument(
-            metavar="ADDRESS", help="s3://bucket/prefix, gs://…, or a folder.", show_default=False
-        ),
-    ],
-    preset: PresetOption = None,
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    outputs: OutputsOption = Path("outputs"),
-    seed: SeedOption = None,
-    seeds: SeedsOption = None,
-    delete_pixels: Annotated[
-        bool,
-        typer.Option("--delete-pixels", help="Then delete the images here; read them from there."),
-    ] = False,
-) -> None:
-    """Copy prepared images to an address that trainings can read them from.
-
-    Trainings keep what they read on a disk of their machine, ROTVIT_SHARD_CACHE, up to
-    ROTVIT_SHARD_CACHE_GIB. With ROTVIT_SHARDS=ADDRESS other machines prepare nothing, and read from
-    there.
-    """
-    settings = _settings(preset, config, overrides, seed, seeds)
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress
-
-    from data.patience import DownloadError
-    from training.shard_pushing import push
-
-    with Progress(
-        *Progress.get_default_columns(),
-        DownloadColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bars:
-        bar = bars.add_task("shards", total=None)
-        try:
-            addresses = push(
-                settings,
-                outputs.expanduser().resolve(),
-                address,
-                delete_pixels=delete_pixels,
-                report=lambda done, total: bars.update(bar, completed=done, total=total),
-            )
-        except DownloadError as error:  # of a store that failed as often as it was asked
-            raise RunFailedError(str(error)) from error
-    for each in addresses:
-        typer.echo(each)
 
 
 @app.command()
@@ -371,74 +216,14 @@ def config(
 ) -> None:
     """Print all settings as YAML that --config accepts."""
     # --outputs is no setting; it is taken so that the options of a run can be pasted here.
-    settings = _settings(preset, config, overrides, seed, seeds)
+    settings = settings_of(preset, config, overrides, seed, seeds)
     from training.configure import to_yaml
 
     typer.echo(to_yaml(settings), nl=False)
 
 
-model_commands.add_to(app)
-
-
-def _settings(
-    preset: str | None,
-    config: Path | None,
-    overrides: Sequence[str] | None,
-    seed: int | None,
-    seeds: int | None,
-) -> "Settings":
-    from training.configure import build_settings
-
-    given = [*(overrides or ()), *([] if seeds is None else [f"evaluation.seeds={seeds}"])]
-    return build_settings(preset, config=config, overrides=given, seed=seed)
-
-
-def _run(settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]) -> None:
-    outputs = outputs.expanduser().resolve()
-    again = refreshed(refresh, plan(settings, until))
-    from training import preflight
-
-    preflight.check(settings, outputs, until)
-    results = None
-    if not again and not server_is_configured():
-        # Nobody would see that flow run, and starting a server takes longer than all the rest.
-        from training.run_record import record_if_all_cached
-
-        results = record_if_all_cached(settings, outputs, until)
-    if results is None:
-        results = _compute(settings, outputs, until=until, refresh=again)
-    from rich.console import Console
-
-    from flows import display
-
-    console = Console()
-    console.print(display.closing_table(results))
-    for word, path in display.closing_paths(results, outputs):
-        console.print(f"{word:<9}{path}", soft_wrap=True, markup=False, highlight=False)
-    from training.remote_outputs import address_of
-
-    if (address := address_of(outputs)) != str(outputs):
-        stored = f"stored   {address}/runs/{results['run']}"
-        console.print(stored, soft_wrap=True, markup=False, highlight=False)
-
-
-def _compute(
-    settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]
-) -> dict[str, Any]:
-    from rich.console import Console
-
-    from flows import display
-
-    with display.shown(Console(stderr=True)), _signals_raised():
-        try:
-            return start_flow(settings, outputs, until, refresh)
-        except Exception as error:  # whatever ended the run, the log and the way on are named
-            if _is_user_error(error):
-                raise
-            raise RunFailedError(
-                f"The run failed: {type(error).__name__}: {_sentence(str(error))} "
-                f"Log: {log_path(settings, outputs)}. The same command resumes."
-            ) from error
+for _commands in (data_commands, model_commands):
+    _commands.add_to(app)
 
 
 def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:
@@ -470,33 +255,6 @@ def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str
             yield title, verdict.state, verdict.why
 
 
-@contextmanager
-def _signals_raised() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception for the `with` block.
-
-    Without it they end this process where it stands, and Prefect's temporary server outlives it.
-    """
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise KilledError(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup
-            signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_user_error(error: Exception) -> bool:
-    from training.errors import USER_ERRORS
-
-    return isinstance(error, USER_ERRORS)
-
-
 def _fail(message: str, status: int) -> int:
     with suppress(OSError):  # the terminal may be gone
         typer.echo(" ".join(message.split()), err=True)
@@ -506,15 +264,10 @@ def _fail(message: str, status: int) -> int:
 def _explain(error: Any) -> str:
     """Return what is wrong with the arguments; of the options, name the nearest one only."""
     if not hasattr(error, "option_name") or not hasattr(error, "possibilities"):
-        return _sentence(error.format_message())
+        return sentence(error.format_message())
     known = [name for param in error.ctx.command.params for name in param.opts]
     near = difflib.get_close_matches(error.option_name, known, n=1)
     return f"No such option: {error.option_name}." + (f" Did you mean {near[0]}?" if near else "")
-
-
-def _sentence(text: str) -> str:
-    words = " ".join(text.split()) or "no reason given"
-    return words if words.endswith((".", "!", "?")) else f"{words}."
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """What a terminal shows of a run: a bar per stage, log lines above them, and a closing table."""
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
@@ -63,6 +64,26 @@ def shown(console: Console) -> Iterator[None]:
             stack.callback(logger.setLevel, level)
             stack.callback(logger.removeHandler, lines)
         yield
+
+
+@contextmanager
+def bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """Show one bar on a terminal for the `with` block; yield what moves it: (done, total).
+
+    Args:
+        title: Before it.
+        columns: After the usual ones.
+    """
+    shown = sys.stderr.isatty()
+    with Bars(
+        *Bars.get_default_columns(),
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        disable=not shown,
+    ) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def states_table(rows: Sequence[tuple[str, str, str]]) -> Table:

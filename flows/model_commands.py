@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.options import outputs_folder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,20 +28,6 @@ StageOption = Annotated[
     str | None,
     typer.Option("--stage", metavar="STAGE", help="Whose model of a run."),
 ]
-
-
-def outputs_folder(place: object) -> Path:
-    """Return the folder of the outputs that a user names, by its path or an address."""
-    text = str(place)
-    if ":/" not in text:  # the usual case, for which nothing has to be imported
-        return Path(text)
-    from training.remote_outputs import local_folder
-    from training.stage_files import OutputsError
-
-    try:
-        return local_folder(text)
-    except OutputsError as error:  # click says nothing of what other errors say
-        raise typer.BadParameter(str(error)) from error
 
 
 OutputsOption = Annotated[
@@ -150,25 +138,20 @@ def upright(
 
     directory = find_model(model, outputs, stage=stage, kind="rotations")
     predictor = Predictor.load(directory)
-    from rich.console import Console
-    from rich.progress import Progress
+    from flows import display
 
-    shown = sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bars:
-        bar = bars.add_task("photos", total=None)
+    with display.bar("photos") as report:
         photos = turn_upright(
             predictor,
             folder,
             out,
             min_confidence=min_confidence,
             reencode=reencode,
-            report=lambda done, total: bars.update(bar, completed=done, total=total),
+            report=report,
         )
     if as_json:
         _print_json({"model": str(directory), "photos": [_photo(photo) for photo in photos]})
         return
-    from flows import display
-
     changed = [photo for photo in photos if photo.outcome != "upright"]
     if changed:
         _print(display.photos_table(changed))

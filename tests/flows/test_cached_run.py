@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flows import cli
+from flows import cli, terminal_run
 from training.configure import to_yaml, validate
 from training.settings import Settings
 from training.store import StageResult
@@ -45,7 +45,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "start_flow", start_flow)
+    monkeypatch.setattr(terminal_run, "start_flow", start_flow)
     return calls
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from flows import cli
+from flows import terminal_run
 from flows.cli import main
 from training import stage_files, store
 from training.configure import build_settings
@@ -51,7 +51,7 @@ class FlowStub:
 @pytest.fixture
 def flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FlowStub:
     stub = FlowStub()
-    monkeypatch.setattr(cli, "start_flow", stub)
+    monkeypatch.setattr(terminal_run, "start_flow", stub)
     monkeypatch.chdir(tmp_path)
     return stub
 
@@ -92,7 +92,7 @@ def test_help_lists_every_command(capsys: Capture) -> None:
     assert capsys.readouterr().out == without
     commands = re.findall(r"^  ([a-z][a-z0-9-]+)  ", without, flags=re.MULTILINE)
     own = ["predict", "upright", "export", "publish"]
-    others = ["status", "canary", "push-shards", "presets", "config"]
+    others = ["status", "presets", "config", "canary", "push-shards"]
     assert commands == ["run", *STAGE_COMMANDS, *others, *own]
 
 

@@ -170,10 +170,10 @@ def test_a_source_on_the_hub_is_downloaded_first_and_once(
     content = parquet_of(folder_of("png", (40, 30)))
     hub.add("a/photos", {"data/train-0.parquet": content})
 
-    def run(settings: Settings, outputs: Path, *, until: str, refresh: Any) -> None:
+    def run(settings: Settings, outputs: Path, *, until: str) -> None:
         run_stages(settings, outputs, until)  # without Prefect, which takes long to start
 
-    monkeypatch.setattr("flows.cli._run", run)
+    monkeypatch.setattr("flows.data_commands.run_and_show", run)
     options = [option for setting in SMALL for option in ("--set", setting)]
     options += ["--source", "hub:a/photos", "--images", "150", "--outputs", str(tmp_path / "o")]
     asked = []
