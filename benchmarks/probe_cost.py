@@ -218,7 +218,14 @@ def take(
     for split, subset in (("train", images.train), ("val", images.val), ("test", images.test)):
         path = context.directory / FOLDER / f"pretrained-{split}.npy"
         deque(
-            write_features(path, model, subset, settings=context.settings, hardware=found),
+            write_features(
+                path,
+                model,
+                subset,
+                settings=context.settings,
+                hardware=found,
+                stop=context.stop,
+            ),
             maxlen=0,
         )
 

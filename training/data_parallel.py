@@ -162,7 +162,7 @@ class Team:
             pass
 
     def until_stopped(self, batches: Iterable[T], stop: StopRequest) -> Iterator[T]:
-        """Yield the batches of an evaluation; some may have more of them than others.
+        """Yield batches, each image once; some processes may have more of them than others.
 
         Raises:
             InterruptedError: In all of them, once one is asked to stop.
@@ -176,7 +176,7 @@ class Team:
                 return
             asked, goes_on = self.any_of(bool(stop), batch is not None)
             if asked:
-                raise InterruptedError("Stopped during an evaluation.")
+                raise InterruptedError("Stopped before all images were seen.")
             if not goes_on:
                 return
 

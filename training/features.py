@@ -23,11 +23,13 @@ from data.loaders import eval_batches
 from data.splits import Subset
 from models.vit import layer_features, to_device
 from training import runner
+from training.data_parallel import ALONE, Team
 from training.hardware import Hardware
 from training.images import LabelledImages, open_splits
 from training.network import build_model, load_start
 from training.runner import StageContext, StageOutcome
 from training.settings import Settings
+from training.stopping import StopRequest
 
 Backbone = Literal["pretrained", "random"]
 """Whose features: of the backbone to be measured, or of the one that it began as."""
@@ -109,7 +111,7 @@ def compute(context: StageContext) -> StageOutcome:
     settings, hardware = context.settings, context.hardware()
     splits = open_splits(context.input("data"), settings, context.is_stopped)
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    (context.directory / FOLDER).mkdir(exist_ok=True)
+    (context.directory / FOLDER).mkdir(exist_ok=True)  # by whoever comes first
     total, done = 2 * sum(map(len, parts.values())), 0
     backbones: dict[Backbone, ViTForImageClassification] = {
         "pretrained": load_start(context),
@@ -118,11 +120,16 @@ def compute(context: StageContext) -> StageOutcome:
     for backbone, model in backbones.items():
         to_device(model, hardware.torch_device)
         for split, subset in parts.items():
-            path = _path(context.directory, backbone, split)
-            for seen in write_features(path, model, subset, settings=settings, hardware=hardware):
+            for seen in write_features(
+                _path(context.directory, backbone, split),
+                model,
+                subset,
+                settings=settings,
+                hardware=hardware,
+                stop=context.stop,
+                team=context.team,
+            ):
                 context.progress(done + seen, total, "images", f"{backbone} backbone, {split}")
-                if context.stop:
-                    raise InterruptedError("Stopped while features were taken; begin anew.")
             done += len(subset)
     return StageOutcome(
         scores={"images": total // 2, "layers": settings.model.depth + 1}, made=[FOLDER]
@@ -136,6 +143,8 @@ def write_features(
     *,
     settings: Settings,
     hardware: Hardware,
+    stop: StopRequest,
+    team: Team = ALONE,
 ) -> Iterator[int]:
     """Write the features of a split into a `.npy` file, in the order of the split.
 
@@ -148,29 +157,51 @@ def write_features(
         subset: The images; labels are not looked at.
         settings: Of the run: the model's sizes.
         hardware: Device and precision.
+        stop: Asked after each batch.
+        team: The processes that divide the images, each of which has the model.
 
     Yields:
-        How many images are done, after each batch.
+        How many images are done, about, after each batch.
 
     Raises:
+        InterruptedError: If a stop was requested; what is there is of no use then.
         OSError: If the disk is too small, before any pass.
+        PeerError: If another process raised.
     """
     sizes, device = settings.model, hardware.torch_device
-    shape = (2 * sizes.depth + 3, len(subset), sizes.embed_dim)
-    rows = open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # on a full disk an error now, and no signal later
+    count = len(subset)
+    shape = (2 * sizes.depth + 3, count, sizes.embed_dim)
+    begin = team.from_first(lambda: _make_file(path, shape))
+    own = team.share.of_all(np.arange(count, dtype=np.int64))
+    batches = eval_batches(
+        subset,
+        batch_size=_BATCH_SIZE * team.count,
+        side=sizes.image_size,
+        device=device,
+        share=team.share,
+    )
+    done = 0
+    # Not through a map of the file: of a page that two machines write parts of, one part is lost.
+    with path.open("r+b") as file:
+        for batch in team.until_stopped(batches, stop):
+            with hardware.autocast():
+                found = layer_features(model, batch.images)
+            together = torch.cat([found.mean, found.cls, found.final_cls[None]]).float().cpu()
+            for row, values in enumerate(together.numpy()):
+                file.seek(begin + (row * count + int(own[done])) * values[0].nbytes)
+                file.write(values.tobytes())
+            done += len(batch.ids)
+            yield min(count, done * team.count)
+    team.any_of(False)  # so that all of the file is there for the first one, which reads it
+
+
+def _make_file(path: Path, shape: tuple[int, ...]) -> int:
+    """Make an array's file, with its space on the disk; return where in it the numbers begin."""
+    begin: int = open_memmap(path, mode="w+", dtype=np.float32, shape=shape).offset
+    if hasattr(os, "posix_fallocate"):  # on a full disk an error now, and not later
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    done = 0
-    batches = eval_batches(subset, batch_size=_BATCH_SIZE, side=sizes.image_size, device=device)
-    for batch in batches:
-        with hardware.autocast():
-            found = layer_features(model, batch.images)
-        together = torch.cat([found.mean, found.cls, found.final_cls[None]]).float().cpu()
-        rows[:, done : done + len(batch.ids)] = together.numpy()
-        done += len(batch.ids)
-        yield done
-    rows.flush()
+    return begin
 
 
 def open_features(directory: Path, backbone: Backbone, images: LabelledImages) -> SplitFeatures:

@@ -213,19 +213,24 @@ def decide(
     )
 
 
-def choose_processes(settings: HardwareSettings, recipe: RecipeSettings) -> int:
-    """Decide how many processes of this machine divide a training.
+def choose_processes(settings: HardwareSettings, recipe: RecipeSettings | None) -> int:
+    """Decide how many processes of this machine divide a stage's images.
+
+    Args:
+        settings: What is asked for.
+        recipe: Of the training, whose steps they must divide; none where nothing is trained.
 
     Raises:
         ConfigError: If so many are asked for that they cannot divide a step.
     """
     if settings.processes != "auto":
-        check_processes(settings.processes, recipe)
+        if recipe:
+            check_processes(settings.processes, recipe)
         return settings.processes
     if _device(settings) == "cpu":
         return 1
-    there = torch.cuda.device_count()
-    count = recipe.most_processes(max(1, there))
+    there = max(1, torch.cuda.device_count())
+    count = recipe.most_processes(there) if recipe else there
     if count < there:
         logger.info("Of %d GPUs %d are used: so many divide a step equally.", there, count)
     return count

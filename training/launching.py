@@ -54,7 +54,7 @@ def launch(
     # Or torch would give one thread to each, and say so in a banner.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, hardware.default_threads() // count)))
     command = [sys.executable, "-P", "-m", module, *arguments]
-    logger.info("The training is divided among %d processes.", count)
+    logger.info("The images are divided among %d processes.", count)
     with tempfile.TemporaryDirectory(prefix="rotvit-launcher-") as logs:
         options = ["--standalone", "--nproc-per-node", str(count), "--log-dir", logs]
         try:

@@ -214,9 +214,9 @@ def main(
 ) -> int:
     """Run a stage in this process, from the `config.yaml` in its directory.
 
-    A training for which the settings ask for several processes is run in these, under torch's
-    elastic launcher. A process that the launcher has started, this one's or another, finds the
-    others and runs its part; it ends here.
+    A stage that several processes can compute, and for which the settings ask for them, is run in
+    these, under torch's elastic launcher. A process that the launcher has started, this one's or
+    another, finds the others and runs its part; it ends here.
 
     Args:
         compute: What the stage computes.
@@ -254,7 +254,7 @@ def _run(compute: Compute, options: argparse.Namespace, helping: Helping | None)
             recipe = getattr(request.settings, stage.recipe) if stage.recipe else None
             if data_parallel.is_launched():
                 parent = os.getppid()  # the launcher, which ends when ours does
-            elif recipe:
+            elif stage.takes_processes:
                 count = hardware.choose_processes(request.settings.hardware, recipe)
                 if count > 1:
                     return _launch(stage, options, count, emit)
@@ -263,9 +263,10 @@ def _run(compute: Compute, options: argparse.Namespace, helping: Helping | None)
             else:  # nothing to save, nothing to wait for
                 end_with(parent)
             team = ALONE
-            if recipe and data_parallel.is_launched():
+            if stage.takes_processes and data_parallel.is_launched():
                 team = data_parallel.join()
-                hardware.check_processes(team.count, recipe)
+                if recipe:
+                    hardware.check_processes(team.count, recipe)
             if not team.is_first:
                 help_with_stage(request, compute, stop, team)
                 return 0

@@ -190,11 +190,11 @@ class HardwareSettings(Section):
     what is kept takes at most 16 GiB and half of the free disk, always does it whatever the
     size."""
     processes: Literal["auto"] | PositiveInt = "auto"
-    """Processes that a training is divided among, on one machine: each computes an equal part of
-    every batch, on a GPU of its own where there are GPUs. Must divide the batches (and their
-    `accumulation_steps`). Auto takes as many as there are GPUs, or fewer that divide, and one on a
-    CPU. No part of a key: another number goes on where this one stopped, and changes results by
-    their rounding, and the numbers that dropout draws."""
+    """Processes that a training, or taking features, is divided among, on one machine: each
+    computes an equal part of every batch, on a GPU of its own where there are GPUs. Must divide the
+    batches (and their `accumulation_steps`). Auto takes as many as there are GPUs, or fewer that
+    divide, and one on a CPU. No part of a key: another number goes on where this one stopped, and
+    changes results by their rounding, and the numbers that dropout draws."""
     threads: PositiveInt | None = None
     """CPU threads of the computation (of each process of it), and of decoding. None takes the
     processors that this process may use by its affinity and the quotas of its control groups, and

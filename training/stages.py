@@ -36,6 +36,7 @@ class Stage:
         resumes: Whether an attempt that is told to stop saves what the next one goes on from.
         recipe: Section of the settings that says how it trains: a long training, of which a GPU
             takes one at a time; nothing where it is none.
+        divides: Whether several processes divide its images among them, as they do in trainings.
         module: Where it is computed, below `training`; the name itself unless said.
         directory: Folder below the outputs; the name itself unless said.
     """
@@ -48,6 +49,7 @@ class Stage:
     version: int = 1
     resumes: bool = False
     recipe: str = ""
+    divides: bool = False
     module: str = ""
     directory: str = ""
 
@@ -60,6 +62,11 @@ class Stage:
     def trains(self) -> bool:
         """Whether it is a long training."""
         return bool(self.recipe)
+
+    @property
+    def takes_processes(self) -> bool:
+        """Whether several processes can compute it together."""
+        return self.trains or self.divides
 
 
 def transfer_data(settings: "Settings") -> str:
@@ -167,6 +174,7 @@ _ALL = (
         summary="Take the features of every layer of the frozen backbone, and of a random one.",
         reads=("seed", "hardware.precision", *_SPLITS),
         needs=lambda settings: {"start": "pretrain", "data": transfer_data(settings)},
+        divides=True,
     ),
     Stage(
         name="linear_probe",

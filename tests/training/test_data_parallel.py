@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.loaders import Share
 from tasks.child_process import StageFailedError, StageStoppedError, run_in_child
-from training import attempts, hardware, stage_files, store
+from training import attempts, features, hardware, stage_files, store
 from training.configure import build_settings, validate
 from training.data_parallel import Team
 from training.errors import EXIT_USER_ERROR
@@ -195,6 +195,43 @@ def test_the_other_trainings_end_alike_too(request_of: RequestOf, stage: str) ->
         if name.endswith("k_proj.bias"):
             continue  # attention does not see it: its gradient is rounding, which AdamW makes large
         torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_processes_that_divide_the_images_find_the_same_features(
+    request_of: RequestOf, tmp_path: Path
+) -> None:
+    """More of them than there are batches, too."""
+    found = []
+    for count in (1, 2, 3):
+        request = request_of(outputs=f"in-{count}", stage="features")
+        codes, said = forked(request, count)
+        assert codes == [0] * count, said
+        assert store.inspect(request).state == "cached"
+        files = sorted((request.directory / features.FOLDER).iterdir())
+        found.append({path.name: np.load(path) for path in files})
+    assert len(found[0]) == 6
+    for name, rows in found[0].items():
+        assert np.abs(rows).max(axis=(0, 2)).min() > 0, "every image has its features"
+        for others in found[1:]:
+            np.testing.assert_allclose(others[name], rows, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_features_by_hand_start_the_processes_that_are_asked_for(request_of: RequestOf) -> None:
+    request = request_of({"hardware": {"processes": 2}}, stage="features")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "training.features", str(request.directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "divided among 2 processes" in done.stdout
+    decided = json.loads((request.directory / "hardware.json").read_bytes())
+    assert decided["processes"] == 2
+    assert store.inspect(request).state == "cached"
 
 
 @pytest.mark.slow
@@ -485,7 +522,9 @@ def test_as_many_gpus_are_used_as_divide_a_step(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
     recipe = PretrainSettings(batch_size=batch, accumulation_steps=parts)
     assert choose_processes(HardwareSettings(device="cuda"), recipe) == possible
+    assert choose_processes(HardwareSettings(device="cuda"), None) == 7, "no steps, no condition"
     assert choose_processes(HardwareSettings(device="cpu"), recipe) == 1
+    assert choose_processes(HardwareSettings(device="cpu", processes=5), None) == 5
     with pytest.raises(ConfigError, match=r"must divide a step's images .*, 5 do not\. Start"):
         choose_processes(HardwareSettings(device="cpu", processes=5), recipe)
 
