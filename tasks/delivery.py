@@ -90,7 +90,8 @@ def deliver(delivering: StageTask, request: StageRequest) -> StageResult:
     )
     if isinstance(made, State):
         made = made.result()
-    return verdict.result or made
+    # Not one that was here and is not stored: another machine may have stored its own meanwhile.
+    return verdict.result if verdict.result and is_cached else made
 
 
 def compute(request: StageRequest) -> StageResult:

@@ -15,7 +15,6 @@ from training.store import (
     StageResult,
     Verdict,
     inspect,
-    write_atomically,
     write_config,
 )
 
@@ -73,15 +72,14 @@ def refresh(request: StageRequest, run_id: str) -> None:
         request: What is to be computed again.
         run_id: Of the flow run, the same in all attempts at it.
     """
-    marker = lock_path(request).with_suffix(".refreshed")
     with (
         remote_outputs.alone_with(request),
         locked(lock_path(request), what=request.title),
     ):
-        before = marker.read_text() if marker.is_file() else ""
+        before = remote_outputs.refreshed_by(request)
         if before == run_id:
             return
-        step = newest_step(request.directory)
+        step = newest_step(request.directory) or remote_outputs.newest_step(request)
         if before and step is not None and not (request.directory / "result.json").is_file():
             logger.warning(
                 "%s goes on at step %d of the refresh that was interrupted. To begin it anew, "
@@ -95,7 +93,7 @@ def refresh(request: StageRequest, run_id: str) -> None:
             remote_outputs.forget(request)
             shutil.rmtree(request.directory, ignore_errors=True)
         # Last: cut off before this, the next attempt removes what is not there.
-        write_atomically(marker, run_id.encode())
+        remote_outputs.note_refresh(request, run_id)
 
 
 def progress_on_disk(request: StageRequest) -> int:

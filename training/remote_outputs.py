@@ -215,6 +215,31 @@ def alone_with(request: StageRequest) -> Iterator[None]:
         yield
 
 
+def refreshed_by(request: StageRequest) -> str:
+    """Return what `note_refresh` was last given for a stage, by any machine; empty for nothing.
+
+    Raises:
+        OutputsError: If the store fails.
+    """
+    mirror = _mirror(request.outputs)
+    place = _refresh_note(request)
+    content = mirror.store.read(place) if mirror else _read(request.outputs / place)
+    return (content or b"").decode()
+
+
+def note_refresh(request: StageRequest, run_id: str) -> None:
+    """Remember which flow run had a stage computed again.
+
+    Raises:
+        OutputsError: If the store fails.
+    """
+    place, content = _refresh_note(request), run_id.encode()
+    if mirror := _mirror(request.outputs):
+        mirror.store.write(place, content)
+    else:
+        write_atomically(request.outputs / place, content)
+
+
 def forget(request: StageRequest) -> None:
     """Remove what the store has of a stage, checkpoints included; call it in `alone_with`."""
     if mirror := _mirror(request.outputs):
@@ -368,6 +393,10 @@ class _Mirror:
             _each(fetch, wanted)
         except LostError as error:
             self._distrusted.add(inventory.result)
+            with suppress(OutputsError):  # of who may only read: others find out by themselves
+                if _sha256(self.store.read(f"{place}/{RESULT}") or b"") == inventory.result:
+                    for what in (RESULT, INVENTORY):  # or its maker would find all of it there
+                        self.store.remove(f"{place}/{what}")
             raise LostError(
                 f"{place} at {self.store.shown} is damaged: {error}. The same command computes it "
                 "again."
@@ -383,6 +412,7 @@ class _Mirror:
                 self.look(request)
                 result = store.inspect(request).result
                 if result is None:
+                    self._withdraw(_place(directory))
                     result = self._compute(request, compute)
                 if self._publish(request, lease):
                     return result
@@ -392,6 +422,20 @@ class _Mirror:
                 request.title,
             )
             self._stored.pop(_place(directory), None)
+
+    def _withdraw(self, place: str) -> None:
+        """Let the store have no result that has to be computed again.
+
+        Else whoever looks at the stage while it is computed, or after a stop, would put that one in
+        the place of the work on the new one.
+        """
+        content = self.store.read(f"{place}/{RESULT}")
+        if content is None:
+            return
+        # The checkpoints of a damaged one are as good as ever, of an outdated one they are as old.
+        is_damaged = _sha256(content) in self._distrusted
+        self._clear(place, keep=CHECKPOINTS if is_damaged else "")
+        self._stored.pop(place, None)
 
     def _compute(
         self, request: StageRequest, compute: Callable[[StageRequest], StageResult]
@@ -508,6 +552,10 @@ def _mirror(outputs: Path) -> _Mirror | None:
 def _place(directory: Path) -> str:
     """Return the name of a stage's directory in the store."""
     return f"{directory.parent.name}/{directory.name}"
+
+
+def _refresh_note(request: StageRequest) -> str:
+    return f"locks/{_place(request.directory).replace('/', '-')}.refreshed"
 
 
 def _take_stock(directory: Path, result: bytes) -> Inventory:

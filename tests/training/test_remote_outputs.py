@@ -221,8 +221,9 @@ def test_what_is_seen_to_be_damaged_in_the_store_is_computed_again_and_said_so(
     assert state(on("c", address)) == "cached"
 
 
+@pytest.mark.parametrize("maker", ["the same", "another"])
 def test_a_damaged_file_is_found_when_it_is_fetched_and_the_stage_computed_again(
-    on: Request, tmp_path: Path, computed: Compute
+    on: Request, tmp_path: Path, computed: Compute, maker: str
 ) -> None:
     address = f"file://{tmp_path}/store"
     request = on("a", address)
@@ -234,8 +235,15 @@ def test_a_damaged_file_is_found_when_it_is_fetched_and_the_stage_computed_again
         fetch(other.directory)
     assert not (other.directory / "model" / "weights").exists()
     assert state(other) == "missing"
-    assert compute_once(other, computed).status == "computed"
     third = on("c", address)
+    assert state(third) == "missing", "nobody else has to find out"
+    assert state(request) == "cached"
+    assert not is_stored(request)
+    # By the machine that made it, which has all of it, or by another one.
+    if maker == "the same":
+        compute_once(request, must_not_run)
+    else:
+        assert compute_once(other, computed).status == "computed"
     assert state(third) == "cached"
     fetch(third.directory)
     assert (third.directory / "model" / "weights").read_bytes() == b"0123456789"
@@ -271,6 +279,86 @@ def test_another_result_in_the_store_takes_the_place_of_ours(
     assert state(first) == "cached"
     results = [(each.directory / "result.json").read_bytes() for each in (first, second)]
     assert results[0] == results[1]
+
+
+@pytest.fixture
+def fine_tuning(machine: Machine, tmp_path: Path) -> Request:
+    """The request of a fine-tuning on a machine, by its name and the digest of what it builds on."""
+
+    def build(name: str, digest: str) -> StageRequest:
+        inputs = {
+            stage: StageResult(
+                stage=stage,
+                key="k",
+                directory=tmp_path / stage,
+                status="computed",
+                wall_seconds=1.0,
+                digest="d" if stage == "prepare_data" else digest,
+                scores={},
+            )
+            for stage in ("prepare_data", "pretrain", "linear_probe", "frozen_tokens")
+        }
+        outputs = machine(name, f"file://{tmp_path}/store")
+        settings = build_settings("drawn")
+        return store.make_request(STAGES["finetune_1"], settings, outputs, inputs)
+
+    return build
+
+
+def stopped_at_500(request: StageRequest) -> StageResult:
+    attempts.begin(request)
+    checkpoint = request.directory / stage_files.CHECKPOINTS / "step-00000500"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    raise KeyboardInterrupt
+
+
+def test_an_outdated_result_in_the_store_does_not_undo_the_work_on_a_new_one(
+    fine_tuning: Request, computed: Compute
+) -> None:
+    """What it builds on was computed again; the new work is stopped, and looked at from outside."""
+    compute_once(fine_tuning("a", "old"), computed)
+    request = fine_tuning("a", "new")
+    look(request)
+    assert store.inspect(request).stale == "outdated"
+    with pytest.raises(KeyboardInterrupt):
+        compute_once(request, stopped_at_500)
+    for _ in range(2):
+        look(request)
+        verdict = store.inspect(request)
+        assert (verdict.state, verdict.step) == ("partial", 500)
+
+    def finished_and_killed(request: StageRequest) -> StageResult:
+        computed(request)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_once(request, finished_and_killed)
+    assert state(request) == "cached"
+    compute_once(request, must_not_run)
+    assert state(fine_tuning("b", "new")) == "cached"
+
+
+def test_a_refresh_is_made_once_by_a_flow_run_that_goes_on_elsewhere(
+    on: Request, tmp_path: Path, computed: Compute
+) -> None:
+    """Its pod was taken away; the next one has nothing but the store."""
+    address = f"file://{tmp_path}/store"
+    first = on("a", address)
+    compute_once(first, computed)
+    attempts.refresh(first, "flow run 1")
+    assert state(on("c", address)) == "missing"
+    with pytest.raises(KeyboardInterrupt):
+        compute_once(first, stopped_at_500)
+    second = on("b", address)
+    attempts.refresh(second, "flow run 1")
+    assert remote_outputs.newest_step(second) == 500
+    compute_once(second, computed)
+    attempts.refresh(on("c", address), "flow run 1")
+    assert state(on("d", address)) == "cached"
+    assert state(first) == "cached"
+    attempts.refresh(first, "flow run 2")
+    assert state(on("e", address)) == "missing"
 
 
 def test_a_result_that_was_not_stored_is_stored_when_it_is_asked_for(
