@@ -3,7 +3,6 @@
 Dimension key: N = images asked for, S = their side in pixels.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,11 +15,11 @@ from data import manifest, pushed_shards
 from data.duplicates import WORDS, hashes_from_text, hashes_to_text, perceptual_hashes
 from data.jpeg_shards import JpegShard
 from data.manifest import Fingerprint, Manifest, ShardEntry
-from data.patience import Patience, Stop, never, persist
+from data.patience import Patience, Stop, never
 from data.processors import available_processors
 from data.pushed_shards import Pushed
 from data.records import DatasetError, Split
-from data.remote_files import opened, watched
+from data.remote_files import sha256_at
 from data.remote_pixels import FILL_FROM, RemotePixels, RemoteShard
 from data.shards import PixelFormat, file_sha256, pixels_path, read_shard, record_path
 
@@ -217,7 +216,7 @@ def _what_is_wrong(
             return (
                 f"{pushed_shards.index_path(directory, entry.name).name} is missing or has changed"
             )
-        if full and _sha256_at(pushed.url(entry, pixel_format)) != entry.sha256:
+        if full and sha256_at(pushed.url(entry, pixel_format), Patience()) != entry.sha256:
             return f"{pixels.name} has other pixels at {pushed.address}"
         return None
     status = pixels.stat()
@@ -300,16 +299,3 @@ def _open_pushed(
 def _labels(groups: Sequence[list[int] | None]) -> NDArray[np.int64] | None:
     known = [np.asarray(group, dtype=np.int64) for group in groups if group is not None]
     return np.concatenate(known) if len(known) == len(groups) else None
-
-
-def _sha256_at(url: str) -> str:
-    patience = Patience()
-
-    def compute() -> str:
-        digest = hashlib.sha256()
-        with opened(url, patience) as stream:
-            for piece in watched(stream.chunks, url, patience, never):
-                digest.update(piece)
-        return digest.hexdigest()
-
-    return persist(compute, url, patience)

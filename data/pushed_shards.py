@@ -10,6 +10,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from data.jpeg_shards import JpegShard
 from data.manifest import Manifest, ShardEntry
 from data.patience import Patience, RefusedError, Stop, check_stop, never, persist
 from data.records import DatasetError
-from data.remote_files import check_writable, put, read_whole, size_at
+from data.remote_files import check_writable, put, read_whole, sha256_at, size_at
 from data.shard_cache import digest_of_image
 from data.shards import (
     SUFFIXES,
@@ -143,7 +144,9 @@ def push(
     address = checked_address(address)
     check_writable(address)
     found = manifest.read(directory)
-    before = _read_at(address, patience, stop)
+    before = None
+    with suppress(DatasetError):  # one that cannot be read, or is of another version, is replaced
+        before = _read_at(address, patience, stop)
     if before is not None and before.fingerprint != found.fingerprint:
         raise DatasetError(
             f"{address} must be empty or hold these images, it holds others. Delete it, or push to "
@@ -163,6 +166,30 @@ def push(
     write_json(directory / FILE_NAME, asdict(pushed))
     _put(directory / FILE_NAME, address, patience, stop)
     return pushed
+
+
+def check_there(directory: Path, pushed: Pushed, *, patience: Patience, stop: Stop = never) -> None:
+    """Read all pixels at the address, and hold them against what the manifest here says of them.
+
+    Args:
+        directory: That was pushed.
+        pushed: Where to.
+        patience: How often the store is asked.
+        stop: Asked while waiting; true ends it.
+
+    Raises:
+        DatasetError: If others are there, or the store refuses.
+        DownloadError: If the store fails as often as it is asked.
+        InterruptedError: If `stop` said so.
+    """
+    found = manifest.read(directory)
+    for entry in (entry for group in found.shards.values() for entry in group):
+        url = pushed.url(entry, found.pixel_format)
+        if sha256_at(url, patience, stop) != entry.sha256:
+            raise DatasetError(
+                f"{url} must be as it was prepared, it has another SHA-256. Delete it there, and "
+                "push again; nothing was deleted here."
+            )
 
 
 def take(
@@ -256,8 +283,9 @@ def _write_index(directory: Path, entry: ShardEntry, pixel_format: PixelFormat) 
     path = pixels_path(directory, entry.name, pixel_format)
     if not path.is_file() or file_sha256(path) != entry.sha256:
         raise DatasetError(
-            f"{path} must be there as it was prepared, to be pushed. Run the prepare-data stage, "
-            "which computes damaged parts again."
+            f"{path} must be there as it was prepared, to be pushed. Where it is damaged, the "
+            "prepare-data stage computes it again; where it was pushed and deleted, the images can "
+            "be copied from the address that they are at."
         )
     begins = _begins(path, entry.images, pixel_format)
     index = np.zeros((entry.images + 1, 2), dtype="<u8")

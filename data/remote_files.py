@@ -4,8 +4,10 @@ HTTP goes through the session of `huggingface_hub`, which honours proxies and `H
 Hub's token is sent to the Hub alone; a redirect to another host drops it.
 """
 
+import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,9 +23,11 @@ from data.patience import (
     asked_wait,
     check_stop,
     never,
+    persist,
     try_again,
 )
 from data.records import DatasetError
+from data.shards import written_whole
 
 CHUNK = 2**18
 """Bytes that are read at once from a store other than HTTP."""
@@ -197,10 +201,38 @@ def put(path: Path, url: str) -> None:
         filesystem, remote = _filesystem(url)
         if not filesystem.async_impl:  # those that are have no folders
             filesystem.makedirs(filesystem._parent(remote), exist_ok=True)
-        filesystem.put_file(str(path), remote)
+        if url.startswith("file:"):  # whole or not at all there too, and safe from a loss of power
+            with written_whole(Path(remote)) as target, path.open("rb") as file:
+                shutil.copyfileobj(file, target)
+        else:
+            filesystem.put_file(str(path), remote)
     size = size_at(url)
     if size != path.stat().st_size:
         raise TryAgainError(f"the copy has {size} bytes instead of {path.stat().st_size}")
+
+
+def sha256_at(url: str, patience: Patience, stop: Stop = never) -> str:
+    """Return the SHA-256 of a file at an address, which is read in full.
+
+    Args:
+        url: Where it is.
+        patience: How often and how long the store is asked.
+        stop: Asked while waiting; true ends it with `InterruptedError`.
+
+    Raises:
+        DownloadError: If every attempt failed.
+        RefusedError: If the store refuses, or has no such file.
+        DatasetError: If the address is none.
+    """
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        with opened(url, patience) as stream:
+            for piece in watched(stream.chunks, url, patience, stop):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    return persist(compute, url, patience, stop)
 
 
 def check_writable(url: str) -> None:

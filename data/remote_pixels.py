@@ -191,6 +191,7 @@ class RemotePixels:
         cache, pool = self.cache, self.pool
         here: dict[int, bytes] = {}
         coming: dict[int, Future[bytes]] = {}
+        is_over = threading.Event()
         for number in numbers:
             future = self._taken(number)
             if future is None:
@@ -198,13 +199,14 @@ class RemotePixels:
                 if content is not None:
                     here[number] = content
                     continue
-                future = pool.submit(self.fetch, number, self.stopped)
+                future = pool.submit(self.fetch, number, lambda: is_over.is_set() or self.stopped())
             coming[number] = future
         for ahead in tuple(self._ahead):
             ahead.go_on()
         try:
             here |= {number: future.result() for number, future in coming.items()}
         finally:  # of what was not waited for, if one has failed
+            is_over.set()  # or each of those under way would ask for as long as this one has
             for future in coming.values():
                 future.cancel()
         return [here[number] for number in numbers]

@@ -36,6 +36,9 @@ LIMIT_VARIABLE = "ROTVIT_SHARD_CACHE_GIB"
 
 _IMAGES, _HAVE, _USERS, _FILLER = "images", "have", "users", "filler"
 
+_FILES = (_HAVE, f"{_HAVE}.tmp", _IMAGES, _FILLER, _USERS)
+"""All that a set can have, in the order in which it goes: without `have` it does not count."""
+
 _ROUNDING_BYTES = 2 * 4096
 """Disks give space in blocks, of which an image may begin one and end one."""
 
@@ -209,14 +212,14 @@ class ShardCache:
         """Remove sets that nobody uses, until this one has as much space as it can use."""
         total = int(self._ends[-1]) if len(self._ends) else 0
         wanted = min(total + _ROUNDING_BYTES * len(self._ends), self._limit)
-        others = [path for path in self._root.iterdir() if path.is_dir() and path != self._folder]
+        others = [path for path in _sets(self._root) if path != self._folder]
         for other in sorted(others, key=_last_opened):
             if _used_bytes(self._root) - _disk_bytes(self._folder) + wanted <= self._limit:
                 return
             handle = os.open(other / _USERS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 if _try_lock(handle):
-                    shutil.rmtree(other, ignore_errors=True)
+                    _remove(other)
             finally:
                 os.close(handle)
 
@@ -249,7 +252,7 @@ class ShardCache:
         have.unlink(missing_ok=True)  # first: without it the set does not count
         with (self._folder / _IMAGES).open("wb") as file:
             file.truncate(int(self._ends[-1]) if len(self._ends) else 0)
-        temporary = have.with_name(f"{_HAVE}.tmp")
+        temporary = self._folder / f"{_HAVE}.tmp"
         # Written, not only made long: a map of a file with holes ends the process on a full disk.
         temporary.write_bytes(bytes(len(self._ends)))
         temporary.replace(have)
@@ -288,8 +291,26 @@ def _write_at(handle: int, content: bytes, start: int) -> None:
 
 def _used_bytes(root: Path) -> int:
     """Return what all sets take on the disk: holes take nothing, which only the disk knows."""
-    with os.scandir(root) as entries:
-        return sum(_disk_bytes(Path(entry.path)) for entry in entries if entry.is_dir())
+    return sum(map(_disk_bytes, _sets(root)))
+
+
+def _sets(root: Path) -> list[Path]:
+    """Return the sets in a folder, in which a user may keep other things as well."""
+    return [path for path in root.iterdir() if path.is_dir() and _is_a_set(path)]
+
+
+def _is_a_set(folder: Path) -> bool:
+    with suppress(OSError):  # of another's folder that may not be read, or that has just gone
+        names = {path.name for path in folder.iterdir()}
+        return _USERS in names and names.issubset(_FILES)
+    return False
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _disk_bytes(folder: Path) -> int:

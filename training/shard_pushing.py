@@ -7,7 +7,7 @@ from pathlib import Path
 from data import manifest, pushed_shards
 from data.patience import Patience
 from data.shards import pixels_path
-from training import attempts, store
+from training import attempts, remote_outputs, store
 from training.lock import locked
 from training.settings import ConfigError, Settings
 from training.steps import Found, steps
@@ -41,17 +41,24 @@ def push(
         settings: Of the run.
         outputs: Folder of everything that is written.
         root: Address below which each set gets a folder, named by its stage's key.
-        delete_pixels: Whether the pixels here are deleted then, and read from there.
+        delete_pixels: Whether the pixels here are deleted then, once all have been read there.
         report: Called after every shard with the number of bytes done and in all, of each set.
 
     Returns:
         The addresses of the sets.
 
     Raises:
-        ConfigError: If none are prepared.
+        ConfigError: If not all are prepared; those that are have been pushed. Or if the outputs
+            are at an address, where the images are stored already.
         DatasetError: As `data.pushed_shards.push`.
         DownloadError: If the store fails as often as it is asked.
     """
+    if remote_outputs.address_of(outputs) != str(outputs):
+        raise ConfigError(
+            "Images are pushed from a folder on this computer, but the outputs are at "
+            f"{remote_outputs.address_of(outputs)}. Prepare and push them with --outputs and a "
+            f"folder; runs with outputs at an address then find them by {ADDRESS_VARIABLE}."
+        )
     addresses: dict[Path, str] = {}
     found, lacking = Found(), ""
     for step in steps(settings, outputs, found):
@@ -69,10 +76,11 @@ def push(
                 if delete_pixels:
                     _delete_pixels(step.request.directory)
             addresses[step.request.directory] = address
-    if not addresses:
+    if lacking:
         raise ConfigError(
-            f"Images must be prepared before they are pushed, these are not: {lacking}. Run "
-            "`rotvit prepare-data` with the same options."
+            f"Images must be prepared before they are pushed, some are not: {lacking}. Run "
+            "`rotvit prepare-data` with the same options, or, for labelled images from elsewhere, "
+            f"`rotvit features`. Pushed: {', '.join(addresses.values()) or 'none'}."
         )
     return list(addresses.values())
 
@@ -82,13 +90,22 @@ def _push(directory: Path, address: str, report: Callable[[int, int], None]) -> 
     entries = [entry for group in known.shards.values() for entry in group]
     here = [pixels_path(directory, entry.name, known.pixel_format).is_file() for entry in entries]
     pushed = pushed_shards.read(directory)
-    if pushed and pushed.address == address and not any(here):
+    if (
+        pushed
+        and (pushed.address, pushed.fingerprint) == (address, known.fingerprint)
+        and not all(here)
+    ):
         _log.info("%s was pushed, and its pixels are deleted here.", directory)
         return
     pushed_shards.push(directory, address, report=report, patience=PATIENCE)
 
 
 def _delete_pixels(directory: Path) -> None:
-    known = manifest.read(directory)
-    for entry in (entry for group in known.shards.values() for entry in group):
-        pixels_path(directory, entry.name, known.pixel_format).unlink(missing_ok=True)
+    known, pushed = manifest.read(directory), pushed_shards.read(directory)
+    entries = [entry for group in known.shards.values() for entry in group]
+    paths = [pixels_path(directory, entry.name, known.pixel_format) for entry in entries]
+    here = [path for path in paths if path.is_file()]
+    if here and pushed:
+        pushed_shards.check_there(directory, pushed, patience=PATIENCE)
+        for path in here:
+            path.unlink()

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -169,6 +169,29 @@ def test_what_is_there_is_not_copied_again(
     }
     delete_pixels(directory)
     assert verify(directory, full=True) is None
+
+
+@pytest.mark.parametrize("left", [b"", b'{"format": 99}'])
+def test_a_note_there_that_cannot_be_read_is_written_anew(directory: Path, left: bytes) -> None:
+    """Of a push that was cut off, or of another version."""
+    pushed(directory)
+    fsspec.filesystem("memory").pipe(f"/bucket/prefix/key/{FILE_NAME}", left)
+    pushed(directory)
+    delete_pixels(directory)
+    assert verify(directory, full=True) is None
+
+
+def test_a_file_in_a_folder_has_its_name_when_it_is_whole(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(10))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.copyfileobj", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        pushed(directory, str(tmp_path / "there"))
+    assert not list((tmp_path / "there").glob("*.npy"))
 
 
 def test_a_push_that_was_cut_off_does_not_count_and_goes_on(

@@ -275,6 +275,21 @@ def test_while_a_server_fails_one_request_at_a_time_asks_again(
     assert 1 <= asked <= 7, "one that asks again, for all of them"
 
 
+def test_once_a_store_is_given_up_nobody_goes_on_asking(
+    served: Path, hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process ends when its threads have: at once, not when each of them has given up."""
+    patient = replace(PATIENCE, attempts=3, first_wait=0.2, longest_wait=0.2)
+    monkeypatch.setattr(remote_pixels, "PATIENCE", patient)
+    hub.faults.append(Fault("status", 503, times=10**6))
+    pixels = pixels_of(PreparedData.open(served))
+    with pytest.raises(DownloadError):
+        pixels[np.arange(32)]
+    began = time.monotonic()
+    pixels.pool.shutdown()
+    assert time.monotonic() - began < 2
+
+
 def test_a_damaged_image_at_the_address_is_named(served: Path, hub: StandInHub) -> None:
     files = hub.repositories["a/b"].files
     content = bytearray(files["train-00001.npy"])

@@ -92,6 +92,25 @@ def test_two_that_fill_one_folder_keep_to_its_limit_together(opened: Open, tmp_p
     assert bytes_on_disk(tmp_path / "cache") <= 600_000 + 2**13
 
 
+def test_other_things_in_the_folder_are_left_alone(opened: Open, tmp_path: Path) -> None:
+    """A user's own folders beside the sets, also where there is no space."""
+    mine = tmp_path / "cache" / "my-photos"
+    mine.mkdir(parents=True)
+    (mine / "images").write_bytes(bytes(400_000))
+    (mine / "album").mkdir()
+    empty = tmp_path / "cache" / "empty"
+    empty.mkdir()
+    one = opened(400_000, "one")
+    for number in range(COUNT):  # one by one, so that hardly any space is left
+        one.put({number: CONTENTS[number]})
+    assert len(kept(one)) > 8, "what is not ours takes nothing of the limit"
+    del one
+    opened(400_000, "other")
+    assert not (tmp_path / "cache" / "one").exists(), "this one had to make room"
+    assert sorted(path.name for path in mine.iterdir()) == ["album", "images"]
+    assert empty.is_dir()
+
+
 def test_a_damaged_image_is_noticed_and_can_be_put_again(
     opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

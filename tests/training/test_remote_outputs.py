@@ -283,7 +283,7 @@ def test_another_result_in_the_store_takes_the_place_of_ours(
 
 @pytest.fixture
 def fine_tuning(machine: Machine, tmp_path: Path) -> Request:
-    """The request of a fine-tuning on a machine, by its name and the digest of what it builds on."""
+    """The request of a fine-tuning, by its machine and the digest of what it builds on."""
 
     def build(name: str, digest: str) -> StageRequest:
         inputs = {

@@ -20,7 +20,7 @@ from data import remote_pixels
 from data.patience import DownloadError, Patience
 from flows.cli import main
 from tests.data.standin_hub import Fault, StandInHub
-from training import prepare_data, pretrain, shard_pushing, stage_files, store
+from training import prepare_data, pretrain, remote_outputs, shard_pushing, stage_files, store
 from training.configure import to_yaml, validate
 from training.runner import StageContext, run_stage
 from training.settings import ConfigError, Settings, merge
@@ -283,6 +283,42 @@ def test_the_command_pushes_and_says_where(
     assert main([*command, "--delete-pixels"]) == 0, "again"
     shutil.rmtree(there)
     assert main(["push-shards", "https://host.invalid/x", *command[2:]]) == 2
+
+
+def test_pixels_are_deleted_only_where_the_address_has_them(
+    tiny_settings: Settings, tmp_path: Path
+) -> None:
+    """A copy of an earlier push went bad, its length the same."""
+    there = tmp_path / "there"
+    request = prepared(tiny_settings, tmp_path / "outputs")
+    push_copies(tiny_settings, tmp_path / "outputs", there)
+    bad = next(there.rglob("*.npy"))
+    content = bytearray(bad.read_bytes())
+    content[-1] ^= 1
+    bad.write_bytes(content)
+    before = sorted(request.directory.glob("*.npy"))
+    with pytest.raises(ValueError, match=r"has another SHA-256\. Delete it there, and push"):
+        pushed_away(tiny_settings, tmp_path / "outputs", there)
+    assert sorted(request.directory.glob("*.npy")) == before
+    bad.unlink()
+    pushed_away(tiny_settings, tmp_path / "outputs", there)
+
+
+def test_a_deletion_that_was_cut_off_is_finished(tiny_settings: Settings, tmp_path: Path) -> None:
+    request = prepared(tiny_settings, tmp_path / "outputs")
+    push_copies(tiny_settings, tmp_path / "outputs", tmp_path / "there")
+    next(request.directory.glob("*.npy")).unlink()
+    assert list(request.directory.glob("*.npy"))
+    pushed_away(tiny_settings, tmp_path / "outputs", tmp_path / "there")
+
+
+def test_outputs_at_an_address_are_not_pushed(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROTVIT_CACHE", str(tmp_path / "cache-of-outputs"))
+    outputs = remote_outputs.local_folder(f"file://{tmp_path}/store")
+    with pytest.raises(ConfigError, match="from a folder on this computer, but the outputs are at"):
+        push_copies(tiny_settings, outputs, tmp_path / "there")
 
 
 def test_images_that_are_not_prepared_cannot_be_pushed(
