@@ -40,7 +40,7 @@ class StageFailedError(RuntimeError):
 
 
 class StageStoppedError(RuntimeError):
-    """A stage's process was asked to stop, from outside this run; it saved its state."""
+    """A stage's process was asked to stop, from outside this run; it saves its state if it can."""
 
 
 def run_in_child(request: StageRequest) -> StageResult:
@@ -122,8 +122,9 @@ def _let_end(child: StageProcess, seconds: float) -> None:
 def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:
     if code in (0, SERVER_DIED) and "result" in events:
         return StageResult.model_validate(events["result"])
-    if code == EXIT_RESUME:
-        raise StageStoppedError(f"{request.title} was stopped and has saved its state.")
+    # Of several processes, one may have failed while they were to stop.
+    if code == EXIT_RESUME and not events.keys() & {"killed", "error"}:
+        raise StageStoppedError(f"{request.title} was stopped; it goes on from what it has saved.")
     reached = attempts.progress_on_disk(request)
     if "killed" in events:
         raise StageFailedError(f"{request.title} failed: {events['killed']}", reached=reached)

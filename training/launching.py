@@ -39,7 +39,8 @@ def launch(
         tell: Told how a process was lost, where it could not say so itself.
 
     Returns:
-        The exit status, as one process would have it.
+        The exit status, as one process would have it. Once they were told to stop it is the one
+        that says so: torch does not tell how they have ended, but for what they print.
     """
     # Here, because it takes long to import and hardly anybody needs it.
     from torch.distributed import run
