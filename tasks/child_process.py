@@ -23,6 +23,7 @@ from training.errors import ERRORS_BY_NAME
 from training.stages import STAGES
 from training.stopping import EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
+from training.wording import ended_by
 
 logger = logging.getLogger("training.child")
 
@@ -142,15 +143,8 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
             reached=reached,
         )
     if code < 0:
-        cause = signal.Signals(-code).name
-        hint = (
-            " (the kernel kills so when memory runs out: a larger accumulation_steps or a smaller "
-            "batch_size of the stage takes less)"
-            if cause == "SIGKILL"
-            else ""
-        )
         raise StageFailedError(
-            f"The process of {request.title} was ended by {cause}{hint}.", reached=reached
+            f"The process of {request.title} {ended_by(-code)}.", reached=reached
         )
     raise StageFailedError(
         f"The process of {request.title} ended with exit status {code}.", reached=reached
