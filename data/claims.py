@@ -8,6 +8,7 @@ on, where Linux makes it a lock of the server's).
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import time
@@ -30,6 +31,11 @@ Plan = Mapping[str, Any]
 """What a leader says about the work, as plain JSON values; one that is invited to has an `id`."""
 
 _SUFFIX = ".lock"
+
+_DONE = "done"
+"""How what the claim on a part that was made says begins."""
+
+_log = logging.getLogger(__name__)
 
 _TRUSTED_SECONDS = 120
 """How long a part counts as done by what its claim says; its result is to be seen by then."""
@@ -69,6 +75,9 @@ class Claims:
     def end(self, waiting: Callable[[], None] = lambda: None) -> None:
         """Withdraw the plan, wait for those who still work on a part, and forget all claims.
 
+        A process that hangs is waited for as long as it lives, and a log line says where it is:
+        what it writes when it goes on must not get among what is made after this.
+
         Whoever has opened a claim's file and locks it after this sees that the plan is gone.
 
         Args:
@@ -77,8 +86,12 @@ class Claims:
         self.withdraw()
         for path in self._folder.glob(f"*{_SUFFIX}"):
             handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            said = False
             try:
                 while not _lock(handle):
+                    if not said:
+                        _say_whom(handle, path)
+                        said = True
                     waiting()
                     time.sleep(POLL_SECONDS)
             finally:
@@ -96,7 +109,7 @@ class Claims:
         Yields:
             Whether the part is this process's: nobody has it or has done it, and the plan stands.
         """
-        done = f"done {plan['id']}"
+        done = f"{_DONE} {plan['id']}"
         try:
             handle = os.open(self._path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # it has ended
@@ -141,6 +154,17 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _say_whom(handle: int, path: Path) -> None:
+    holder = _read(handle)
+    known = holder and not holder.startswith(_DONE)  # or it has locked it only just now
+    _log.info(
+        "Waiting for a process%s that still works on %s in %s. If it hangs, end it there.",
+        f" on {holder}" if known else "",
+        path.stem,
+        path.parent.parent,
+    )
 
 
 def _says_lately(handle: int, content: str) -> bool:

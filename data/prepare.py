@@ -147,7 +147,7 @@ def prepare(
     except DatasetError:  # which others would meet, too, after all their work
         claims.withdraw()
         raise
-    claims.end()
+    claims.end(waiting=tally.check)  # for who makes again what is there, and may stand still
     result = manifest.build(
         directory,
         {split: [part.name for part in parts if part.split == split] for split in source.counts},

@@ -23,6 +23,7 @@ from training.errors import ERRORS_BY_NAME
 from training.stages import STAGES
 from training.stopping import EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
+from training.wording import ended_by
 
 logger = logging.getLogger("training.child")
 
@@ -40,7 +41,7 @@ class StageFailedError(RuntimeError):
 
 
 class StageStoppedError(RuntimeError):
-    """A stage's process was asked to stop, from outside this run; it saved its state."""
+    """A stage's process was asked to stop, from outside this run; it saves its state if it can."""
 
 
 def run_in_child(request: StageRequest) -> StageResult:
@@ -122,8 +123,9 @@ def _let_end(child: StageProcess, seconds: float) -> None:
 def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> StageResult:
     if code in (0, SERVER_DIED) and "result" in events:
         return StageResult.model_validate(events["result"])
-    if code == EXIT_RESUME:
-        raise StageStoppedError(f"{request.title} was stopped and has saved its state.")
+    # Of several processes, one may have failed while they were to stop.
+    if code == EXIT_RESUME and not events.keys() & {"killed", "error"}:
+        raise StageStoppedError(f"{request.title} was stopped; it goes on from what it has saved.")
     reached = attempts.progress_on_disk(request)
     if "killed" in events:
         raise StageFailedError(f"{request.title} failed: {events['killed']}", reached=reached)
@@ -141,15 +143,8 @@ def _result_of(request: StageRequest, code: int, events: dict[str, Any]) -> Stag
             reached=reached,
         )
     if code < 0:
-        cause = signal.Signals(-code).name
-        hint = (
-            " (the kernel kills so when memory runs out: a larger accumulation_steps or a smaller "
-            "batch_size of the stage takes less)"
-            if cause == "SIGKILL"
-            else ""
-        )
         raise StageFailedError(
-            f"The process of {request.title} was ended by {cause}{hint}.", reached=reached
+            f"The process of {request.title} {ended_by(-code)}.", reached=reached
         )
     raise StageFailedError(
         f"The process of {request.title} ended with exit status {code}.", reached=reached

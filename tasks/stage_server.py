@@ -154,7 +154,7 @@ def _run(job: Job, server: int) -> NoReturn:
     """Do what `python -P -m training.<module> DIRECTORY --events --parent SERVER` does, and end."""
     code = 1
     try:
-        os.setsid()  # as a group, to be killed with what it has started
+        os.setsid()  # as a group, to be killed with what it has started (see `data_parallel.join`)
         os.fchdir(job.place)
         for number in (1, 2):
             os.dup2(job.output, number)

@@ -7,6 +7,7 @@ request to stop) is made common first, so that all decide alike. The first proce
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loaders import Share
-from training.stopping import StopRequest
+from training.stopping import StopRequest, hear_of_death
 
 logger = logging.getLogger(__name__)
 
@@ -239,16 +240,25 @@ def is_launched() -> bool:
 
 
 def join() -> Team:
-    """Find the other processes that the launcher has started, and say who is who."""
+    """Find the other processes that the launcher has started, and say who is who.
+
+    Raises:
+        LostProcessError: If one of them ends meanwhile.
+    """
     count = int(os.environ["WORLD_SIZE"])
     if count == 1:
         return Team()
+    # The launcher ends after its processes, unless it is killed: perhaps because one hangs, which
+    # no other signal would end. It has a session of its own, so no kill of a group reaches it.
+    hear_of_death(os.getppid(), signal.SIGKILL)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # What decides about the training is in the host's memory; gradients are where the network is.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=BEGIN_SECONDS))
-    return Team(distributed.get_rank(), count)
+    team = Team(int(os.environ["RANK"]), count)
+    with team.contact():
+        distributed.init_process_group(backend, timeout=timedelta(seconds=BEGIN_SECONDS))
+    return team
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

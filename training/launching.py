@@ -15,6 +15,7 @@ from typing import Any
 from training import hardware
 from training.errors import EXIT_USER_ERROR
 from training.stopping import EXIT_RESUME, PARENT_DIED, PARENT_STOPS, hear_of_death
+from training.wording import ended_by
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def launch(
         tell: Told how a process was lost, where it could not say so itself.
 
     Returns:
-        The exit status, as one process would have it.
+        The exit status, as one process would have it. Once they were told to stop it is the one
+        that says so: torch does not tell how they have ended, but for what they print.
     """
     # Here, because it takes long to import and hardly anybody needs it.
     from torch.distributed import run
@@ -83,13 +85,6 @@ def _status_of(failures: Mapping[int, Any], count: int, tell: Callable[[str], No
         key=lambda item: (item[1].timestamp, item[1].exitcode >= 0 or item[1].exitcode == ours),
     )
     if first.exitcode < 0 and first.exitcode != ours:
-        name = signal.Signals(-first.exitcode).name
-        hint = (
-            " (the kernel kills so when memory runs out: a larger accumulation_steps or a smaller "
-            "batch_size of the stage takes less)"
-            if name == "SIGKILL"
-            else ""
-        )
-        tell(f"Process {index} of {count} was ended by {name}{hint}.")
+        tell(f"Process {index} of {count} {ended_by(-first.exitcode)}.")
         return 1
     return next((code for code in (EXIT_RESUME, EXIT_USER_ERROR) if code in codes), 1)

@@ -4,7 +4,6 @@ A checkpoint is `checkpoints/step-…/` there as it is here, with what it needs 
 in `beside/`, and `files.json` written last: one that is cut off does not count.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -25,6 +24,7 @@ from training.stage_files import (
     OutputsError,
     checkpoint_step,
     newest_checkpoint,
+    sha256_of_bytes,
 )
 from training.store import write_atomically
 
@@ -193,7 +193,7 @@ class Uploads:
                 content = self._store.read(f"{self._folder(name)}/files.json")
                 with suppress(LostError):
                     there = Inventory.read(content).files["manifest.json"]
-                    if there.sha256 == _sha256(manifest):
+                    if there.sha256 == sha256_of_bytes(manifest):
                         return
                 self._store.remove(f"{self._folder(name)}/files.json")
         self._send(checkpoint, manifest)
@@ -206,7 +206,7 @@ class Uploads:
         files: dict[str, FileRecord] = {}
         records = {
             **json.loads(manifest)["files"],  # hashed when it was saved
-            "manifest.json": {"sha256": _sha256(manifest), "size": len(manifest)},
+            "manifest.json": {"sha256": sha256_of_bytes(manifest), "size": len(manifest)},
         }
         for name, record in records.items():
             self._check()
@@ -217,7 +217,9 @@ class Uploads:
                 content = (self._directory / name).read_bytes()  # metrics grow meanwhile
                 self._check()
                 self._store.write(f"{folder}/beside/{name}", content)
-                files[f"beside/{name}"] = FileRecord(sha256=_sha256(content), size=len(content))
+                files[f"beside/{name}"] = FileRecord(
+                    sha256=sha256_of_bytes(content), size=len(content)
+                )
         self._check()
         self._store.write(f"{folder}/files.json", Inventory(files=files).as_bytes())
 
@@ -245,7 +247,3 @@ def _fetch(store: Store, folder: str, directory: Path, name: str) -> None:
 
 def _step(name: str) -> int | None:
     return checkpoint_step(Path(name))
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -10,7 +10,6 @@ file.
 For outputs in an ordinary folder everything here does nothing.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from training.stage_files import (
     digest_of,
     lies_elsewhere,
     sha256_of,
+    sha256_of_bytes,
 )
 from training.stages import STAGES
 from training.store import StageRequest, StageResult, write_atomically
@@ -329,7 +329,7 @@ class _Mirror:
         for _ in range(2):  # it may be stored anew just now
             content = self.store.read(f"{place}/{RESULT}")
             self._is_reached = True
-            if content is None or _sha256(content) in self._distrusted:
+            if content is None or sha256_of_bytes(content) in self._distrusted:
                 problem = None
                 break
             try:
@@ -338,7 +338,7 @@ class _Mirror:
             except LostError as error:
                 problem = error
                 continue
-            self._stored[place] = _sha256(content)
+            self._stored[place] = sha256_of_bytes(content)
             return True
         if problem:
             logger.warning("%s at %s is damaged: %s.", place, self.store.shown, problem)
@@ -349,7 +349,7 @@ class _Mirror:
     def _adopt(self, directory: Path, place: str, result: bytes) -> None:
         content = self.store.read(f"{place}/{INVENTORY}")
         inventory = Inventory.read(content)
-        if inventory.result != _sha256(result):
+        if inventory.result != sha256_of_bytes(result):
             raise LostError("its files.json belongs to another result")
         sizes = self.store.sizes(place)
         for name, record in inventory.files.items():
@@ -372,7 +372,7 @@ class _Mirror:
 
     def is_stored(self, directory: Path) -> bool:
         result = _read(directory / RESULT)
-        return result is not None and self._stored.get(_place(directory)) == _sha256(result)
+        return result is not None and self._stored.get(_place(directory)) == sha256_of_bytes(result)
 
     def fetch(self, directory: Path) -> None:
         if not lies_elsewhere(directory):
@@ -468,7 +468,7 @@ class _Mirror:
         content = inventory.as_bytes()
         there: dict[str, int] = {}
         begun = self.store.read(f"{place}/{INVENTORY}") == content
-        if begun and _sha256(result) not in self._distrusted:
+        if begun and sha256_of_bytes(result) not in self._distrusted:
             there = self.store.sizes(place)  # by an attempt that was cut off
         else:
             if not lease.is_held():
@@ -484,8 +484,8 @@ class _Mirror:
         if not lease.is_held():
             return False
         self.store.write(f"{place}/{RESULT}", result)
-        self._stored[place] = _sha256(result)
-        self._distrusted.discard(_sha256(result))
+        self._stored[place] = sha256_of_bytes(result)
+        self._distrusted.discard(sha256_of_bytes(result))
         logger.info(
             "%s is stored at %s/%s: %s.",
             request.title,
@@ -578,7 +578,7 @@ def _take_stock(directory: Path, result: bytes) -> Inventory:
         if name in vouched and vouched[name].sha256 != record.sha256:
             raise OutputsError(f"{path} is damaged, and not stored. Run the same command again.")
         files[name] = record
-    return Inventory(result=_sha256(result), files=files)
+    return Inventory(result=sha256_of_bytes(result), files=files)
 
 
 def _each(action: Callable[[str], None], files: dict[str, FileRecord]) -> None:
@@ -617,7 +617,3 @@ def _read(path: Path) -> bytes | None:
     with suppress(FileNotFoundError, NotADirectoryError):
         return path.read_bytes()
     return None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,5 +1,6 @@
 """How stages, scores, times and rates are said: in the terminal and in Prefect's UI alike."""
 
+import signal
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -142,6 +143,21 @@ def turn_in_words(turned: int) -> str:
         return "upside down; turn it by 180° to be upright"
     lies, back = ("counter-clockwise", "clockwise")[:: 1 if turned == 90 else -1]
     return f"turned 90° {lies}; turn it 90° {back} to be upright"
+
+
+def ended_by(number: int) -> str:
+    """Say by which signal a process was ended, and what may have been the reason.
+
+    Args:
+        number: The signal's.
+    """
+    words = f"was ended by {signal.Signals(number).name}"
+    if number != signal.SIGKILL:
+        return words
+    return (
+        f"{words} (the kernel kills so when memory runs out: a larger accumulation_steps or a "
+        "smaller batch_size of the stage takes less)"
+    )
 
 
 def _bytes(number: int) -> str:

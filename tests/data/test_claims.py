@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.claims import FOLDER, Claims
+from data.processors import own_processors
 
 HOLD = """
 import json, sys, time
@@ -132,3 +133,29 @@ def test_the_end_waits_for_those_who_work_on_a_part(tmp_path: Path) -> None:
         order.append("made")
     thread.join(timeout=10)
     assert order == ["made", "ended"]
+
+
+def test_the_end_says_once_whom_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    claims, looks = Claims(tmp_path), list[None]()
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path), json.dumps(claims.invite({}))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def wait() -> None:
+        looks.append(None)
+        if len(looks) == 3:
+            child.kill()
+
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "True\n"
+        child.send_signal(signal.SIGSTOP)
+        claims.end(waiting=wait)
+    (said,) = caplog.messages
+    assert f"on {own_processors()} that still works on a " in said
+    assert str(tmp_path) in said

@@ -628,3 +628,33 @@ def test_a_preparation_first_waits_for_those_who_helped_one_that_was_killed(
     assert source.read == []
     run(source, tmp_path)
     assert not half_written.exists()
+
+
+def test_a_preparation_that_waits_for_a_helper_in_the_end_can_be_stopped(
+    source: Any, tmp_path: Path
+) -> None:
+    """The helper makes a part again whose record it has not seen, and stands still meanwhile."""
+    code = (
+        "import json, sys, time; from pathlib import Path; from data.claims import Claims\n"
+        "claims = Claims(Path(sys.argv[1]))\n"
+        "with claims.claim('train-00000', claims.plan()) as mine:\n"
+        "    print(mine, flush=True)\n"
+        "    time.sleep(5)"
+    )
+    helpers: list[subprocess.Popen[str]] = []
+
+    def report(done: int, total: int) -> None:
+        claim = tmp_path / "claims" / "train-00000.lock"
+        if done == total and not helpers and Claims(tmp_path).plan() is not None:
+            os.utime(claim, (time.time() - 300, time.time() - 300))
+            command = [sys.executable, "-c", code, str(tmp_path)]
+            helpers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            assert helpers[0].stdout is not None
+            assert helpers[0].stdout.readline() == "True\n"
+        if helpers and Claims(tmp_path).plan() is None:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(source, tmp_path, report=report)
+    with helpers[0]:
+        helpers[0].kill()

@@ -152,7 +152,7 @@ def test_a_killed_child_is_a_failure_that_a_retry_resumes(request_of: RequestOf)
 def test_a_child_that_is_told_to_stop_saves_first(request_of: RequestOf) -> None:
     request = request_of(merge(LONG, {"checkpoint": {"every_seconds": 3600}}))
     stopper = signal_once_training(request, signal.SIGTERM)
-    with pytest.raises(StageStoppedError, match="saved its state"):
+    with pytest.raises(StageStoppedError, match="goes on from what it has saved"):
         run_in_child(request)
     stopper.join()
     assert store.inspect(request).state == "partial"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from tasks.child_process import StageFailedError, StageStoppedError, run_in_chil
 from training import attempts, features, hardware, stage_files, store
 from training.configure import build_settings, validate
 from training.data_parallel import Team
-from training.errors import EXIT_USER_ERROR
+from training.errors import EXIT_USER_ERROR, OutOfMemoryError
 from training.hardware import choose_processes
 from training.lock import locked
 from training.recipes import PretrainSettings
@@ -58,6 +59,19 @@ LONG: dict[str, Any] = {
     "hardware": {"processes": 2},
     "checkpoint": {"every_seconds": 3600},
 }
+
+FAILS_TO_SAVE = """
+import os
+if os.environ.get("RANK") == "1":
+    from training import loop
+    save = loop._Run._save_here
+    def fail(run):
+        if run.context.stop:
+            raise MemoryError("nothing left to save with")
+        save(run)
+    loop._Run._save_here = fail
+"""
+"""As `sitecustomize.py` imported by every interpreter that starts with its folder on the path."""
 
 
 @pytest.fixture
@@ -438,7 +452,7 @@ def test_all_save_and_end_whoever_is_told_to_stop(request_of: RequestOf, told: s
             process.terminate()
 
     stopper = meanwhile(stop)
-    with pytest.raises(StageStoppedError, match="saved its state"):
+    with pytest.raises(StageStoppedError, match="goes on from what it has saved"):
         run_in_child(request)
     stopper.join()
     assert gone(seen, 10)
@@ -467,6 +481,54 @@ def test_all_save_and_end_when_their_task_is_stopped_or_killed(
     task.wait(timeout=40)
     assert gone(seen, 30)
     assert store.inspect(request).state == "partial"
+
+
+@pytest.mark.slow
+def test_processes_that_hang_end_with_the_launcher_of_a_task_that_has_waited_long_enough(
+    request_of: RequestOf,
+) -> None:
+    """They are in sessions of their own, which a kill of the launcher's group does not reach."""
+    request = request_of(LONG)
+    code = (
+        "import sys; from pathlib import Path; from training.store import read_config;"
+        "from tasks import child_process; child_process.GRACE_SECONDS = 2;"
+        "child_process.run_in_child(read_config(Path(sys.argv[1])))"
+    )
+    task = subprocess.Popen(
+        [sys.executable, "-c", code, str(request.directory)], stderr=subprocess.DEVNULL
+    )
+    wait_until_it_trains(request)
+    seen = members()
+    try:
+        seen[1].send_signal(signal.SIGSTOP)  # the other one waits for it, in the middle of a step
+        task.send_signal(signal.SIGINT)
+        task.wait(timeout=20)
+        assert gone(seen, 5)
+    finally:
+        for process in seen:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.mark.slow
+def test_an_error_while_saving_is_said_although_the_launcher_was_told_to_stop(
+    request_of: RequestOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's launcher does not say then how the processes have ended."""
+    request = request_of(LONG)
+    (tmp_path / "sitecustomize.py").write_text(FAILS_TO_SAVE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    def stop() -> None:
+        wait_until_it_trains(request)
+        launcher = members()[0].parent()
+        assert launcher is not None
+        launcher.terminate()
+
+    stopper = meanwhile(stop)
+    with pytest.raises(OutOfMemoryError, match="accumulation_steps"):
+        run_in_child(request)
+    stopper.join()
 
 
 @pytest.mark.slow
