@@ -394,7 +394,7 @@ class _Mirror:
         except LostError as error:
             self._distrusted.add(inventory.result)
             with suppress(OutputsError):  # of who may only read: others find out by themselves
-                if _sha256(self.store.read(f"{place}/{RESULT}") or b"") == inventory.result:
+                if sha256_of_bytes(self.store.read(f"{place}/{RESULT}") or b"") == inventory.result:
                     for what in (RESULT, INVENTORY):  # or its maker would find all of it there
                         self.store.remove(f"{place}/{what}")
             raise LostError(
@@ -433,7 +433,7 @@ class _Mirror:
         if content is None:
             return
         # The checkpoints of a damaged one are as good as ever, of an outdated one they are as old.
-        is_damaged = _sha256(content) in self._distrusted
+        is_damaged = sha256_of_bytes(content) in self._distrusted
         self._clear(place, keep=CHECKPOINTS if is_damaged else "")
         self._stored.pop(place, None)
 
