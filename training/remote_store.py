@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.patience import Patience
-from training.stage_files import FileRecord, OutputsError, sha256_of, sync_path
+from training.stage_files import FULL_DISK, FileRecord, OutputsError, sha256_of, sync_path
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class Store:
         """Write an object unless there is one of that name; of several at once one succeeds.
 
         S3 and its like are asked with `If-None-Match: *`, Google Cloud Storage with
-        `ifGenerationMatch=0`, a folder with `O_EXCL`. A store that knows none of that overwrites.
+        `ifGenerationMatch=0`, a folder with `O_EXCL`. A store that knows none of that overwrites,
+        or looks first and then writes, so that several at once may succeed: see `try_out`.
 
         Args:
             name: Of the object.
@@ -149,14 +150,12 @@ class Store:
 
         def create() -> bool:
             path = self._path(name)
+            if self._has_folders:
+                self._files.makedirs(self._parent(path), exist_ok=True)
+            if self._is_folder:
+                return self._create_file(path, content)
             try:
-                if self._has_folders:
-                    self._files.makedirs(self._parent(path), exist_ok=True)
-                if self._is_folder:
-                    with self._files.open(path, "xb") as file:
-                        file.write(content)
-                else:
-                    self._files.pipe_file(path, content, mode="create")
+                self._files.pipe_file(path, content, mode="create")
             except Exception as error:
                 # Stores differ in how they say that it is there, and one whose answer was lost has
                 # been asked again by its library: then what is there is ours.
@@ -168,6 +167,20 @@ class Store:
             return True
 
         return self._persist(create, name)
+
+    def _create_file(self, path: str, content: bytes) -> bool:
+        try:
+            file = self._files.open(path, "xb")
+        except FileExistsError:
+            return bytes(self._files.cat_file(path)) == content
+        try:
+            with file:
+                file.write(content)
+        except BaseException:  # a full disk takes the name and not the content
+            with suppress(Exception):
+                self._files.rm_file(path)
+            raise
+        return True
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the objects below a folder: their names, from there on, and sizes in bytes."""
@@ -263,6 +276,11 @@ class Store:
     def _explain(self, error: Exception, name: str) -> str:
         if _may_pass(error):
             way_out = "Look at the network and run the same command again; it goes on there."
+        elif _is_full(error):
+            way_out = (
+                "Free some space, there or in the folder for it on this computer, and run the same "
+                "command again; what is finished is kept."
+            )
         else:
             way_out = (
                 "Look at the address and at the credentials: s3:// takes those of "
@@ -278,7 +296,13 @@ class Store:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, (PermissionError, FileNotFoundError, ImportError, TypeError)):
         return False
+    if _is_full(error):
+        return False
     return UNMENDABLE.isdisjoint(kind.__name__ for kind in type(error).__mro__)
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL_DISK
 
 
 def without_login(address: str) -> str:

@@ -1,5 +1,9 @@
 """Objects in stores, what goes wrong on the way to them, and addresses."""
 
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +58,41 @@ def test_what_is_there_is_not_created_again(address: str) -> None:
     assert not remote.create("locks/a", b"second")
     assert remote.read("locks/a") == b"first"
     assert remote.create("locks/a", b"first"), "our own, when an answer was lost"
+
+
+FULL = """
+import resource, signal, sys
+from training import remote_store
+from training.stage_files import OutputsError
+
+remote = remote_store.Store(sys.argv[1])
+assert remote.create("locks/before", b"x")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for write in (remote.create, remote.write):
+    try:
+        print(write("locks/a", b"content"))
+    except OutputsError as error:
+        print(error)
+print(sorted(remote.sizes("locks")))
+"""
+
+
+def test_a_folder_that_is_full_is_said_so_at_once_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    """An object without its content would be taken for another's, and be waited for."""
+    began = time.monotonic()
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, f"file://{tmp_path}/store"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    *said, left = found.stdout.splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert re.search(r"locks/a is not: OSError: .*File too large.* Free some space", line)
+    assert left == "['before']"
+    assert time.monotonic() - began < 30, "asked once"
 
 
 @pytest.mark.parametrize("fault", [500, 503, "cut"])
