@@ -43,6 +43,9 @@ class Lease:
         self._store, self._folder, self._number, self._facts = store, folder, number, facts
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease of {folder}", daemon=True)
+
+    def begin(self) -> None:
+        """Give signs of life from now on."""
         self._thread.start()
 
     def is_held(self) -> bool:
@@ -51,7 +54,17 @@ class Lease:
         Raises:
             OutputsError: If the store does not say.
         """
-        return _newest(self._store, self._folder) == self._number
+        return self._counts(self._store)
+
+    def _counts(self, store: Store) -> bool:
+        """Whether no higher number is there, and nobody has written over this one.
+
+        The latter happens in stores where two may create an object at once.
+        """
+        if _newest(store, self._folder) != self._number:
+            return False
+        content = store.read(_name(self._folder, self._number)) or b""
+        return bool(_parse(content).get("token") == self._facts["token"])
 
     def release(self) -> None:
         """Let others have it at once."""
@@ -59,7 +72,7 @@ class Lease:
         self._thread.join(JOIN_SECONDS)  # what it is about to write would undo what follows
         try:
             store = self._store.patient(ONCE)
-            if not self._thread.is_alive() and _newest(store, self._folder) == self._number:
+            if not self._thread.is_alive() and self._counts(store):
                 _write(store, self._folder, self._number, {"released": True})
         except OutputsError as error:
             logger.warning(
@@ -77,7 +90,7 @@ class Lease:
 
     def _beat_once(self, beats: int) -> None:
         store = self._store.patient(ONCE)
-        if _newest(store, self._folder) == self._number:
+        if self._counts(store):
             _write(store, self._folder, self._number, {**self._facts, "beats": beats})
 
 
@@ -127,11 +140,14 @@ def _take(store: Store, folder: str, *, owner: str, what: str) -> Lease:
                     now - since,
                     what,
                 )
-            if _create(store, folder, number + 1, facts) and _newest(store, folder) == number + 1:
-                for old in _numbers(store, folder):
-                    if old <= number:
-                        store.remove(_name(folder, old))
-                return Lease(store, folder, number + 1, facts)
+            if _create(store, folder, number + 1, facts):
+                lease = Lease(store, folder, number + 1, facts)
+                if lease.is_held():
+                    for old in _numbers(store, folder):
+                        if old <= number:
+                            store.remove(_name(folder, old))
+                    lease.begin()
+                    return lease
             time.sleep(0.2)  # another one was quicker
             continue
         if not waits:

@@ -275,13 +275,11 @@ class _Mirror:
     def check(self) -> None:
         if self._can_be_written:
             return
-        probe = f"locks/probe-{uuid.uuid4().hex}"
-        made = [self.store.create(probe, content) for content in (b"first", b"second")]
-        self.store.remove(probe)
+        is_exclusive = self.store.try_out()
         self._is_reached = self._can_be_written = True
-        if all(made):
+        if not is_exclusive:
             logger.warning(
-                "The store of %s writes over what is there although it is asked not to: of two "
+                "The store of %s may write over what is there although it is asked not to: of two "
                 "runs at once on one stage, both may compute it.",
                 self.store.shown,
             )

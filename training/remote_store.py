@@ -104,6 +104,13 @@ class Store:
         self._root = root.rstrip("/")
         self._has_folders = not self._files.async_impl
         self._is_folder = address.partition(":")[0] in _FOLDERS
+        # What fsspec does for libraries that have no way of their own to write only what is new:
+        # sftp, smb, ftp and hdfs, among others. Two at once both find nothing, and both write.
+        self._looks_before_it_writes = (
+            self._has_folders
+            and not self._is_folder
+            and type(self._files).pipe_file is fsspec.AbstractFileSystem.pipe_file
+        )
 
     @property
     def shown(self) -> str:
@@ -167,6 +174,31 @@ class Store:
             return True
 
         return self._persist(create, name)
+
+    def try_out(self) -> bool:
+        """Write, read, replace and remove an object; say whether `create` can be relied upon.
+
+        Returns:
+            Whether of several that create an object at once only one succeeds, as far as the store
+            and its library show.
+
+        Raises:
+            OutputsError: If any of it is not possible.
+        """
+        name = f"locks/probe-{uuid.uuid4().hex}"
+        is_made = self.create(name, b"first")
+        is_exclusive = not self.create(name, b"second") and not self._looks_before_it_writes
+        last = b"third"
+        self.write(name, last)
+        found = self.read(name)
+        self.remove(name)
+        if not is_made or found != last:
+            raise OutputsError(
+                f"The store of outputs must have what was written last, {self.shown} has {found!r} "
+                f"instead of {last!r}: its library does not replace what is there. Choose an "
+                "address of another kind, such as s3://bucket/prefix or a shared folder."
+            )
+        return is_exclusive
 
     def _create_file(self, path: str, content: bytes) -> bool:
         try:

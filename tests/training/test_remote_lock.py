@@ -129,3 +129,37 @@ def test_a_number_that_was_used_and_removed_is_not_held_again(remote: Store) -> 
     with leased(remote, FOLDER, owner="b", what="a stage"):
         assert remote_lock._create(remote, FOLDER, 1, {"owner": "late"})
         assert remote_lock._newest(remote, FOLDER) == 2
+
+
+@pytest.mark.usefixtures("quick", "simple_kind")
+def test_of_two_that_both_created_it_one_holds_it(tmp_path: Path) -> None:
+    """In a store that looks first and then writes, both find nothing; the last to write has it."""
+    remote = Store(f"simple://{tmp_path}/store")
+    both = threading.Barrier(2)
+    held: list[list[float]] = [[], []]
+
+    def take(number: int) -> None:
+        both.wait(10)
+        with leased(remote, FOLDER, owner=f"machine {number}", what="a stage") as lease:
+            ends = time.monotonic() + 0.5
+            while time.monotonic() < ends:
+                time.sleep(0.05)  # with a sign of life, which must not be in the other's place
+                if lease.is_held():
+                    held[number].append(time.monotonic())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(take, range(2)))
+    spans = sorted((times[0], times[-1]) for times in held if times)
+    assert spans
+    assert len(spans) == 1 or spans[0][1] < spans[1][0], "never both at a time"
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_was_written_over_does_not_hold_it_and_leaves_it_alone(folder: Store) -> None:
+    with leased(folder, FOLDER, owner="first", what="a stage") as lease:
+        assert lease.is_held()
+        late = json.dumps({"owner": "late", "token": "of another"}).encode()
+        folder.write(f"{FOLDER}/00000001", late)
+        assert not lease.is_held()
+        time.sleep(0.3)  # several signs of life
+    assert folder.read(f"{FOLDER}/00000001") == late

@@ -29,6 +29,8 @@ from training.stages import STAGES
 from training.store import StageRequest, StageResult
 
 if TYPE_CHECKING:
+    from fsspec.implementations.local import LocalFileSystem
+
     from tests.standin_s3 import Fault, StandInS3
 
 Machine = Callable[[str, str], Path]
@@ -461,6 +463,32 @@ def test_a_store_without_conditional_writes_is_named(
     monkeypatch.setattr(MemoryFileSystem, "exists", lambda self, path, **named: False)
     remote_outputs.check(outputs)
     assert "both may compute it" in caplog.text
+
+
+@pytest.mark.usefixtures("simple_kind")
+def test_a_store_whose_library_looks_before_it_writes_is_named(
+    machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote_outputs.check(machine("a", f"simple://{tmp_path}/store"))
+    assert "both may compute it" in caplog.text
+
+
+def test_a_store_that_does_not_replace_what_is_there_is_refused(
+    machine: Machine,
+    tmp_path: Path,
+    simple_kind: type["LocalFileSystem"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As webhdfs, whose answer to that its library drops: a sign of life would not be seen."""
+    replace = simple_kind.mv
+
+    def keep(self: "LocalFileSystem", old: str, new: str) -> None:
+        if not Path(new).exists():
+            replace(self, old, new)
+
+    monkeypatch.setattr(simple_kind, "mv", keep)
+    with pytest.raises(OutputsError, match=r"must have what was written last.*'first'"):
+        remote_outputs.check(machine("a", f"simple://{tmp_path}/store"))
 
 
 def test_the_record_of_a_run_is_stored_and_names_places_by_the_address(
