@@ -92,8 +92,8 @@ def local_folder(outputs: Path | str) -> Path:
     try:
         if not (folder / MARKER).is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            draft.touch(mode=0o600)  # an address may have a password in it
             draft.write_text(json.dumps({"address": address, "folder": uuid.uuid4().hex}))
-            draft.chmod(0o600)  # an address may have a password in it
             with suppress(FileExistsError):  # of two at once, the first names it
                 (folder / MARKER).hardlink_to(draft)
             draft.unlink()

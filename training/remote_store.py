@@ -338,8 +338,12 @@ def _is_full(error: Exception) -> bool:
 
 
 def without_login(address: str) -> str:
-    """Return a text with addresses in it without user and password."""
-    return re.sub(r"://[^/@\s]*@", "://", address)
+    """Return a text with addresses in it without passwords.
+
+    What stands alone before an @ is no secret: a user, or the container of `abfs://`. A password
+    may have an @ in it, so that it goes on to the last one before the path.
+    """
+    return re.sub(r"(://[^/:@\s]*):[^/\s]*@", r"\1:***@", address)
 
 
 def _reason(error: Exception) -> str:

@@ -448,6 +448,17 @@ def test_an_address_has_a_folder_of_its_own(
     assert local_folder("memory://x").parent == tmp_path / "cache" / "rotation-vit"
 
 
+def test_the_file_with_the_address_is_its_owners_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password may be in it, which somebody could read until the mode is changed."""
+    monkeypatch.setenv("ROTVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "chmod", lambda self, mode: None)
+    folder = local_folder("sftp://me:secret@host/prefix")
+    assert (folder / remote_outputs.MARKER).stat().st_mode & 0o777 == 0o600
+    assert "secret" not in folder.name
+
+
 def test_a_store_without_conditional_writes_is_named(
     machine: Machine,
     tmp_path: Path,

@@ -194,10 +194,21 @@ def test_an_unknown_kind_of_address_is_refused() -> None:
         Store("nonsense://a/b")
 
 
-def test_a_password_is_not_shown() -> None:
-    with pytest.raises(OutputsError) as raised:
-        Store("nonsense://user:secret@host/b")
-    assert "secret" not in str(raised.value)
+@pytest.mark.parametrize("password", ["secret", "sec@ret", "s:ecret", ""])
+def test_a_password_is_not_shown(password: str) -> None:
+    with pytest.raises(OutputsError, match=r"nonsense://user:\*\*\*@host/b is not") as raised:
+        Store(f"nonsense://user:{password}@host/b")
+    assert "cret" not in str(raised.value)
+    assert "ret@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["abfs://container@account.dfs.core.windows.net/x", "sftp://me@host/x", "s3://bucket/a:b@c"],
+)
+def test_an_address_without_a_password_is_shown_as_it_is(address: str) -> None:
+    """The command that resumes is made of it."""
+    assert remote_store.without_login(address) == address
 
 
 def test_a_file_is_fetched_verified_and_with_its_time(address: str, tmp_path: Path) -> None:
