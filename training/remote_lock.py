@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from training.remote_store import ONCE, Store
@@ -34,6 +35,8 @@ LOOK_SECONDS = 5.0
 
 JOIN_SECONDS = 10.0
 """Longest time that the end of a lease waits for a sign of life that is on its way."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Lease:
@@ -94,6 +97,23 @@ class Lease:
             _write(store, self._folder, self._number, {**self._facts, "beats": beats})
 
 
+def owner_of(folder: Path, name: str) -> str:
+    """Return the name under which a folder on this computer holds leases.
+
+    It has to be another one for every copy of the folder, in which the folder's own name is the
+    same: an image of a machine, a container's layer, a home directory that several nodes mount.
+
+    Args:
+        folder: Exists. A lock in it keeps two processes of this machine from asking at a time.
+        name: The folder's own, which lies in it.
+    """
+    boot = ""
+    with suppress(OSError):  # Linux only; elsewhere the host has to do
+        boot = _BOOT_ID.read_text().strip()
+    status = folder.stat()
+    return f"{name} {socket.gethostname()} {boot} {status.st_dev}:{status.st_ino}"
+
+
 @contextmanager
 def leased(store: Store, folder: str, *, owner: str, what: str) -> Iterator[Lease]:
     """Hold the lease of a name for the `with` block, waiting for it as long as it takes.
@@ -101,8 +121,8 @@ def leased(store: Store, folder: str, *, owner: str, what: str) -> Iterator[Leas
     Args:
         store: Where it is.
         folder: Of its objects in the store.
-        owner: Who wants it. A lease of the same owner is taken at once: it must have died, as no
-            two may ask under the same name at a time.
+        owner: Who wants it, see `owner_of`. A lease of the same owner is taken at once: it must
+            have died, as no two may ask under the same name at a time.
         what: What it is for, for the line that says that this process waits.
 
     Raises:

@@ -27,7 +27,7 @@ from data.manifest import FILE_NAME as MANIFEST
 from data.patience import Patience
 from training import remote_checkpoints, remote_store, store
 from training.lock import locked
-from training.remote_lock import Lease, leased
+from training.remote_lock import Lease, leased, owner_of
 from training.remote_store import ONCE, Inventory, LostError, Store, is_address, tidy_address
 from training.stage_files import (
     CHECKPOINTS,
@@ -406,9 +406,10 @@ class _Mirror:
         """Hold the lease of a stage's key, waiting for it."""
         name = f"locks/{_place(request.directory).replace('/', '-')}"
         # With a lock that the kernel drops, nobody waits for a lease of who died on this machine.
+        owner = owner_of(self._folder, self._name)
         with (
             locked(self._folder / f"{name}.lease", what=request.title),
-            leased(self.store, name, owner=self._name, what=request.title) as lease,
+            leased(self.store, name, owner=owner, what=request.title) as lease,
         ):
             yield lease
 

@@ -1,11 +1,13 @@
 """Outputs at an address: complete or absent, verified, computed once, whatever goes wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +164,39 @@ def test_two_machines_at_once_compute_once(
     assert len(calls) == 1
     assert sorted(result.status for result in found) == ["cached", "computed"]
     assert found[0].digest == found[1].digest
+
+
+def test_a_copy_of_the_cache_waits_for_the_lease_of_the_machine_that_it_is_of(
+    on: Request,
+    tmp_path: Path,
+    computed: Compute,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An image of a machine, with the folder's own name in it, is started while that one lives."""
+    caplog.set_level("INFO", logger="training")
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.02)
+    address = f"file://{tmp_path}/store"
+    first = on("a", address)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    second = on("b", address)
+    begun, waited = threading.Event(), threading.Event()
+
+    def slowly(request: StageRequest) -> StageResult:
+        begun.set()
+        assert waited.wait(20)
+        return computed(request)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(compute_once, first, slowly)
+        assert begun.wait(20)
+        found = pool.submit(compute_once, second, must_not_run)
+        deadline = time.monotonic() + 10
+        while "Waiting for process" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        waited.set()
+        assert made.result().status == "computed"
+        assert found.result().status == "cached"
 
 
 def test_who_lost_the_lease_takes_what_the_other_one_made(
