@@ -2,7 +2,8 @@
 
 A lease is a numbered object. Whoever creates the next number, which a store lets one of several do,
 holds it, and writes it anew every few seconds. Others look whether it changes: by their own clocks,
-so that no two clocks are compared. One that has not changed for two minutes is nobody's any more.
+so that no two clocks are compared. One that has not changed for two minutes is nobody's any more;
+time in which the store did not answer does not count, as a holder cannot give a sign then, either.
 The number of a lease is never used again while a higher one is there, and the highest one counts:
 a holder that was suspended for longer finds a higher one, and knows that it has lost its own.
 """
@@ -19,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data.patience import Patience
 from training.remote_store import ONCE, Store
 from training.stage_files import OutputsError
 
@@ -33,6 +35,10 @@ DEAD_AFTER_SECONDS = 120.0
 LOOK_SECONDS = 5.0
 """Time between two looks at another's lease."""
 
+LOOKS_THAT_COUNT = 3
+"""What passes between two looks counts as time without a sign of life up to this many times that:
+for longer, the store was away or this process asleep."""
+
 JOIN_SECONDS = 10.0
 """Longest time that the end of a lease waits for a sign of life that is on its way."""
 
@@ -42,8 +48,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Lease:
     """A lease that this process holds, or has lost since."""
 
-    def __init__(self, store: Store, folder: str, number: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, store: Store, folder: str, number: int, facts: dict[str, Any], *, what: str
+    ) -> None:
         self._store, self._folder, self._number, self._facts = store, folder, number, facts
+        self._what, self._is_lost = what, False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease of {folder}", daemon=True)
 
@@ -51,13 +60,24 @@ class Lease:
         """Give signs of life from now on."""
         self._thread.start()
 
-    def is_held(self) -> bool:
-        """Ask the store whether nobody else has taken it.
+    def is_held(self, patience: Patience | None = None) -> bool:
+        """Ask the store whether nobody else has taken it; what is lost is not held again.
+
+        Args:
+            patience: How often to ask; as often as the store is asked otherwise.
 
         Raises:
             OutputsError: If the store does not say.
         """
-        return self._counts(self._store)
+        store = self._store.patient(patience) if patience else self._store
+        if not self._is_lost and not self._counts(store):
+            self._is_lost = True
+            logger.warning(
+                "Another run has taken over %s, as it saw no sign of life of this one: what is "
+                "computed here is not stored any more.",
+                self._what,
+            )
+        return not self._is_lost
 
     def _counts(self, store: Store) -> bool:
         """Whether no higher number is there, and nobody has written over this one.
@@ -75,7 +95,8 @@ class Lease:
         self._thread.join(JOIN_SECONDS)  # what it is about to write would undo what follows
         try:
             store = self._store.patient(ONCE)
-            if not self._thread.is_alive() and self._counts(store):
+            is_silent = not self._thread.is_alive() and not self._is_lost
+            if is_silent and self._counts(store):
                 _write(store, self._folder, self._number, {"released": True})
         except OutputsError as error:
             logger.warning(
@@ -84,7 +105,7 @@ class Lease:
 
     def _beat(self) -> None:
         beats = 0
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._ended.wait(BEAT_SECONDS) and not self._is_lost:
             beats += 1
             try:
                 self._beat_once(beats)
@@ -92,8 +113,8 @@ class Lease:
                 logger.debug("The lease of %s was not renewed: %s", self._folder, error)
 
     def _beat_once(self, beats: int) -> None:
-        store = self._store.patient(ONCE)
-        if self._counts(store):
+        if self.is_held(ONCE):
+            store = self._store.patient(ONCE)
             _write(store, self._folder, self._number, {**self._facts, "beats": beats})
 
 
@@ -143,26 +164,28 @@ def _take(store: Store, folder: str, *, owner: str, what: str) -> Lease:
         "token": uuid.uuid4().hex,
     }
     seen: tuple[int, bytes] | None = None
-    since, waits = time.monotonic(), False
+    looked, silent, waits = time.monotonic(), 0.0, False
     while True:
         number = _newest(store, folder)
         content = store.read(_name(folder, number)) or b"" if number else b""
         holder = _parse(content)
         now = time.monotonic()
+        silent += min(now - looked, LOOKS_THAT_COUNT * LOOK_SECONDS)
+        looked = now
         if seen != (number, content):
-            seen, since = (number, content), now
+            seen, silent = (number, content), 0.0
         is_free = not number or holder.get("released") or holder.get("owner") == owner
-        if is_free or now - since >= DEAD_AFTER_SECONDS:
+        if is_free or silent >= DEAD_AFTER_SECONDS:
             if number and not is_free:
                 logger.warning(
                     "%s has given no sign of life for %.0f s: its %s is taken over.",
                     _in_words(holder),
-                    now - since,
+                    silent,
                     what,
                 )
             if _create(store, folder, number + 1, facts):
-                lease = Lease(store, folder, number + 1, facts)
-                if lease.is_held():
+                lease = Lease(store, folder, number + 1, facts, what=what)
+                if lease._counts(store):
                     for old in _numbers(store, folder):
                         if old <= number:
                             store.remove(_name(folder, old))

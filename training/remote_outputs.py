@@ -381,7 +381,7 @@ class _Mirror:
                 self.look(request)
                 result = store.inspect(request).result
                 if result is None:
-                    result = self._compute(request, compute)
+                    result = self._compute(request, compute, lease)
                 if self._publish(request, lease):
                     return result
             logger.warning(
@@ -392,13 +392,16 @@ class _Mirror:
             self._stored.pop(_place(directory), None)
 
     def _compute(
-        self, request: StageRequest, compute: Callable[[StageRequest], StageResult]
+        self,
+        request: StageRequest,
+        compute: Callable[[StageRequest], StageResult],
+        lease: Lease,
     ) -> StageResult:
         if not STAGES[request.stage].trains:
             return compute(request)
         place, directory = _place(request.directory), request.directory
         remote_checkpoints.fetch_newest(self.store, place, directory)
-        with remote_checkpoints.Uploads(self.store, place, directory, request.title):
+        with remote_checkpoints.Uploads(self.store, place, directory, request.title, lease):
             return compute(request)
 
     @contextmanager

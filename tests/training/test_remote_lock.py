@@ -5,12 +5,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from data.patience import Patience
 from training import remote_lock
 from training.remote_lock import leased
 from training.remote_store import Store
+
+if TYPE_CHECKING:
+    from tests.standin_s3 import StandInS3
 
 FOLDER = "locks/pretrain-k"
 
@@ -80,6 +85,46 @@ def test_a_holder_that_is_alive_is_waited_for(
     thread.join(10)
     assert order == ["first", "second"]
     assert "Waiting for process" in caplog.text
+
+
+def test_after_an_outage_a_holder_that_is_alive_keeps_it(
+    s3: "StandInS3", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sign of life could reach the store, and the one who waits is the first to ask again."""
+    monkeypatch.setattr(remote_lock, "BEAT_SECONDS", 0.4)
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.03)
+    monkeypatch.setattr(remote_lock, "DEAD_AFTER_SECONDS", 2.5)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # its own, which take seconds
+    remote = Store("s3://bucket/x", Patience(attempts=1000, first_wait=0.02, longest_wait=0.02))
+    order: list[str] = []
+
+    def second() -> None:
+        with leased(remote, FOLDER, owner="second", what="a stage"):
+            order.append("second")
+
+    with leased(remote, FOLDER, owner="first", what="a stage") as lease:
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        s3.fault = lambda asked: 503
+        time.sleep(4)
+        s3.fault = lambda asked: None
+        time.sleep(1.5)
+        assert lease.is_held()
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_lost_it_says_so_once_and_gives_no_more_signs(
+    folder: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with leased(folder, FOLDER, owner="first", what="a stage") as lost:
+        folder.create(f"{FOLDER}/00000002", json.dumps({"owner": "heir"}).encode())
+        lost._thread.join(10)
+        assert not lost.is_held()
+    assert caplog.text.count("Another run has taken over a stage") == 1
 
 
 @pytest.mark.usefixtures("quick")
