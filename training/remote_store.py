@@ -43,6 +43,10 @@ by name, as none of these libraries has to be installed."""
 _FOLDERS = ("file", "local")
 
 
+class StoreAwayError(OutputsError):
+    """A store failed as often as it was asked. May go better later."""
+
+
 def is_address(place: str) -> bool:
     """Whether a place is an address, and not a path on this computer."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place) is not None and ":/" in place
@@ -290,14 +294,16 @@ class Store:
         """Do something that may fail for a while.
 
         Raises:
-            OutputsError: If it failed as often as the patience goes, or cannot be mended so.
+            StoreAwayError: If it failed as often as the patience goes.
+            OutputsError: If another attempt cannot mend it.
         """
         for failures in range(1, self._patience.attempts + 1):
             try:
                 return action()
             except Exception as error:  # the libraries of stores have errors of their own
                 if not _may_pass(error) or failures == self._patience.attempts:
-                    raise OutputsError(self._explain(error, name)) from error
+                    kind = StoreAwayError if _may_pass(error) else OutputsError
+                    raise kind(self._explain(error, name)) from error
                 seconds = self._patience.wait(failures, None)
                 logger.warning(
                     "%s/%s: %s. Next attempt in %.0f s.", self.shown, name, _reason(error), seconds

@@ -12,7 +12,14 @@ import pytest
 
 from data.patience import Patience
 from training import remote_store
-from training.remote_store import Inventory, LostError, Store, is_address, tidy_address
+from training.remote_store import (
+    Inventory,
+    LostError,
+    Store,
+    StoreAwayError,
+    is_address,
+    tidy_address,
+)
 from training.stage_files import FileRecord, OutputsError, sha256_of
 
 if TYPE_CHECKING:
@@ -116,7 +123,7 @@ def test_an_upload_that_never_succeeds_leaves_nothing_and_says_what_to_do(
     remote = Store("s3://bucket/x", PATIENT)
     (tmp_path / "weights").write_bytes(bytes(10**6))
     s3.fault = failing_times(1000, fault, "PUT")
-    with pytest.raises(OutputsError, match=r"s3://bucket/x must be .* weights is not: .* again;"):
+    with pytest.raises(StoreAwayError, match=r"s3://bucket/x must be .* weights is not: .* again;"):
         remote.upload(tmp_path / "weights", "weights")
     s3.fault = lambda request: None
     assert remote.sizes("") == {}
@@ -151,6 +158,7 @@ def test_what_another_attempt_cannot_mend_is_said_at_once(
     with pytest.raises(OutputsError, match=rf"{reason}.*AWS_ACCESS_KEY_ID") as raised:
         Store("s3://bucket/x").write("a", b"b")
     assert "\n" not in str(raised.value)
+    assert not isinstance(raised.value, StoreAwayError), "no retry of the task helps"
     assert len(s3.seen) <= 1
 
 
