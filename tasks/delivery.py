@@ -21,7 +21,7 @@ from tasks.child_process import StageFailedError, StageStoppedError, run_in_chil
 from tasks.gpu_slot import gpu_slot
 from tasks.live_status import live_status
 from training import remote_outputs, store
-from training.errors import USER_ERRORS
+from training.errors import is_final
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
 
@@ -126,7 +126,7 @@ def _while_there_is_progress(fruitless: int) -> RetryCondition:
 
     def is_worth_a_retry(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
         error = state.result(raise_on_failure=False)
-        if isinstance(error, (*USER_ERRORS, StageStoppedError)):
+        if is_final(error) or isinstance(error, StageStoppedError):
             return False
         came = reached.setdefault(task_run.id, {})
         came[task_run.run_count] = error.reached if isinstance(error, StageFailedError) else 0

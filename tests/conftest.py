@@ -33,7 +33,7 @@ import torch
 from data.drawn import draw, label_of
 from tests.data.standin_hub import StandInHub, standin_hub
 from tests.landscapes import train_on_landscapes
-from tests.outputs_at_addresses import address, machine, s3, s3_server
+from tests.outputs_at_addresses import address, machine, s3, s3_server, simple_kind
 from training import store
 from training.configure import validate
 from training.run_record import RunRecord
@@ -43,7 +43,7 @@ from training.stages import plan
 from training.stopping import StopRequest
 from training.store import StageResult
 
-__all__ = ["address", "machine", "s3", "s3_server"]
+__all__ = ["address", "machine", "s3", "s3_server", "simple_kind"]
 """Fixtures from elsewhere."""
 
 TINY_CLASSES = ("house", "tree", "car")

@@ -1,16 +1,19 @@
 """Fixtures for outputs at addresses: stores, and machines that know nothing of each other."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from training import remote_outputs
 
 if TYPE_CHECKING:
+    from fsspec.implementations.local import LocalFileSystem
+
     from tests.standin_s3 import StandInS3
 
 
@@ -58,6 +61,31 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         request.getfixturevalue("s3")
         return f"s3://bucket/{tmp_path.name}"
     return f"{request.param}://{tmp_path}/store"
+
+
+@pytest.fixture
+def simple_kind() -> "type[LocalFileSystem]":
+    """A kind of address, `simple://`, whose library has only what fsspec does for all of them.
+
+    So have sftp, smb, ftp and hdfs: it looks whether an object is there, and then writes it.
+    """
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Simple(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+        protocol = "simple"
+
+        def exists(self, path: str, **given: Any) -> bool:
+            found = super().exists(path, **given)
+            time.sleep(0.05)  # the way there and back
+            return bool(found)
+
+        @classmethod
+        def _strip_protocol(cls, path: Any) -> Any:
+            return LocalFileSystem._strip_protocol(str(path).replace("simple://", "file://"))
+
+    fsspec.register_implementation("simple", Simple, clobber=True)
+    return Simple
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from data.patience import RefusedError
 from data.records import DatasetError
 from models.errors import ModelError
+from training.remote_store import StoreAwayError
 from training.settings import ConfigError
 from training.stage_files import OutputsError
 
@@ -34,10 +35,15 @@ USER_ERRORS = (
     OutOfMemoryError,
     PublishError,
 )
-"""Errors that a retry cannot mend and whose message says what to do."""
+"""Errors whose message says what to do; none of them passes by itself but `StoreAwayError`."""
 
 EXIT_USER_ERROR = 2
 """Exit status where one of these ended a stage."""
 
-ERRORS_BY_NAME = {error.__name__: error for error in USER_ERRORS}
+ERRORS_BY_NAME = {error.__name__: error for error in (*USER_ERRORS, StoreAwayError)}
 """The same, for messages from another process."""
+
+
+def is_final(error: object) -> bool:
+    """Return whether an error is a user's to mend, so that a retry is of no use."""
+    return isinstance(error, USER_ERRORS) and not isinstance(error, StoreAwayError)

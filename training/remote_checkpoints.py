@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from training import remote_store
+from training.remote_lock import Lease
 from training.remote_store import ONCE, Inventory, LostError, Store
 from training.stage_files import (
     CHECKPOINTS,
@@ -118,7 +119,7 @@ class Uploads:
     nor waits where the store does: the checkpoint is sent again, or the next one is.
     """
 
-    def __init__(self, store: Store, place: str, directory: Path, title: str) -> None:
+    def __init__(self, store: Store, place: str, directory: Path, title: str, lease: Lease) -> None:
         """Start with what the store has.
 
         Args:
@@ -126,9 +127,12 @@ class Uploads:
             place: Of the stage: `<stage>/<key>`.
             directory: Of the stage, on this computer.
             title: Of the stage, for messages.
+            lease: The right to compute it. Once that is another's, so are the checkpoints in the
+                store: nothing is sent or removed any more.
         """
         self._store = store.patient(ONCE)
         self._place, self._directory, self._title = place, directory, title
+        self._lease = lease
         self._sent: str | None = None
         self._fails = False
         self._ended, self._given_up = threading.Event(), threading.Event()
@@ -161,7 +165,9 @@ class Uploads:
         if newest is None or newest.name == self._sent or self._given_up.is_set():
             return True
         try:
+            self._check_lease()
             self._send_if_new(newest)
+            self._check_lease()  # sending may have taken minutes
             prune(self._store, self._place, KEEP)
             self._sent = newest.name
         except Exception as error:  # whatever it is, training must not end of it
@@ -220,12 +226,18 @@ class Uploads:
                 files[f"beside/{name}"] = FileRecord(
                     sha256=sha256_of_bytes(content), size=len(content)
                 )
-        self._check()
+        self._check_lease()
         self._store.write(f"{folder}/files.json", Inventory(files=files).as_bytes())
+
+    def _check_lease(self) -> None:
+        self._check()
+        if not self._lease.is_held(ONCE):
+            self._given_up.set()
+        self._check()
 
     def _check(self) -> None:
         if self._given_up.is_set():
-            raise OutputsError("The stage has ended.")
+            raise OutputsError("The stage has ended, or is another's.")
 
 
 def _fetch(store: Store, folder: str, directory: Path, name: str) -> None:

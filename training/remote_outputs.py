@@ -26,7 +26,7 @@ from data.manifest import FILE_NAME as MANIFEST
 from data.patience import Patience
 from training import remote_checkpoints, remote_store, store
 from training.lock import locked
-from training.remote_lock import Lease, leased
+from training.remote_lock import Lease, leased, owner_of
 from training.remote_store import ONCE, Inventory, LostError, Store, is_address, tidy_address
 from training.stage_files import (
     CHECKPOINTS,
@@ -92,8 +92,8 @@ def local_folder(outputs: Path | str) -> Path:
     try:
         if not (folder / MARKER).is_file():
             folder.mkdir(parents=True, exist_ok=True)
+            draft.touch(mode=0o600)  # an address may have a password in it
             draft.write_text(json.dumps({"address": address, "folder": uuid.uuid4().hex}))
-            draft.chmod(0o600)  # an address may have a password in it
             with suppress(FileExistsError):  # of two at once, the first names it
                 (folder / MARKER).hardlink_to(draft)
             draft.unlink()
@@ -300,13 +300,11 @@ class _Mirror:
     def check(self) -> None:
         if self._can_be_written:
             return
-        probe = f"locks/probe-{uuid.uuid4().hex}"
-        made = [self.store.create(probe, content) for content in (b"first", b"second")]
-        self.store.remove(probe)
+        is_exclusive = self.store.try_out()
         self._is_reached = self._can_be_written = True
-        if all(made):
+        if not is_exclusive:
             logger.warning(
-                "The store of %s writes over what is there although it is asked not to: of two "
+                "The store of %s may write over what is there although it is asked not to: of two "
                 "runs at once on one stage, both may compute it.",
                 self.store.shown,
             )
@@ -413,7 +411,7 @@ class _Mirror:
                 result = store.inspect(request).result
                 if result is None:
                     self._withdraw(_place(directory))
-                    result = self._compute(request, compute)
+                    result = self._compute(request, compute, lease)
                 if self._publish(request, lease):
                     return result
             logger.warning(
@@ -438,13 +436,16 @@ class _Mirror:
         self._stored.pop(place, None)
 
     def _compute(
-        self, request: StageRequest, compute: Callable[[StageRequest], StageResult]
+        self,
+        request: StageRequest,
+        compute: Callable[[StageRequest], StageResult],
+        lease: Lease,
     ) -> StageResult:
         if not STAGES[request.stage].trains:
             return compute(request)
         place, directory = _place(request.directory), request.directory
         remote_checkpoints.fetch_newest(self.store, place, directory)
-        with remote_checkpoints.Uploads(self.store, place, directory, request.title):
+        with remote_checkpoints.Uploads(self.store, place, directory, request.title, lease):
             return compute(request)
 
     @contextmanager
@@ -452,9 +453,10 @@ class _Mirror:
         """Hold the lease of a stage's key, waiting for it."""
         name = f"locks/{_place(request.directory).replace('/', '-')}"
         # With a lock that the kernel drops, nobody waits for a lease of who died on this machine.
+        owner = owner_of(self._folder, self._name)
         with (
             locked(self._folder / f"{name}.lease", what=request.title),
-            leased(self.store, name, owner=self._name, what=request.title) as lease,
+            leased(self.store, name, owner=owner, what=request.title) as lease,
         ):
             yield lease
 

@@ -17,7 +17,7 @@ from typing import Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.patience import Patience
-from training.stage_files import FileRecord, OutputsError, sha256_of, sync_path
+from training.stage_files import FULL_DISK, FileRecord, OutputsError, sha256_of, sync_path
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ UNMENDABLE = frozenset(
 by name, as none of these libraries has to be installed."""
 
 _FOLDERS = ("file", "local")
+
+
+class StoreAwayError(OutputsError):
+    """A store failed as often as it was asked. May go better later."""
 
 
 def is_address(place: str) -> bool:
@@ -104,6 +108,13 @@ class Store:
         self._root = root.rstrip("/")
         self._has_folders = not self._files.async_impl
         self._is_folder = address.partition(":")[0] in _FOLDERS
+        # What fsspec does for libraries that have no way of their own to write only what is new:
+        # sftp, smb, ftp and hdfs, among others. Two at once both find nothing, and both write.
+        self._looks_before_it_writes = (
+            self._has_folders
+            and not self._is_folder
+            and type(self._files).pipe_file is fsspec.AbstractFileSystem.pipe_file
+        )
 
     @property
     def shown(self) -> str:
@@ -137,7 +148,8 @@ class Store:
         """Write an object unless there is one of that name; of several at once one succeeds.
 
         S3 and its like are asked with `If-None-Match: *`, Google Cloud Storage with
-        `ifGenerationMatch=0`, a folder with `O_EXCL`. A store that knows none of that overwrites.
+        `ifGenerationMatch=0`, a folder with `O_EXCL`. A store that knows none of that overwrites,
+        or looks first and then writes, so that several at once may succeed: see `try_out`.
 
         Args:
             name: Of the object.
@@ -149,14 +161,12 @@ class Store:
 
         def create() -> bool:
             path = self._path(name)
+            if self._has_folders:
+                self._files.makedirs(self._parent(path), exist_ok=True)
+            if self._is_folder:
+                return self._create_file(path, content)
             try:
-                if self._has_folders:
-                    self._files.makedirs(self._parent(path), exist_ok=True)
-                if self._is_folder:
-                    with self._files.open(path, "xb") as file:
-                        file.write(content)
-                else:
-                    self._files.pipe_file(path, content, mode="create")
+                self._files.pipe_file(path, content, mode="create")
             except Exception as error:
                 # Stores differ in how they say that it is there, and one whose answer was lost has
                 # been asked again by its library: then what is there is ours.
@@ -168,6 +178,45 @@ class Store:
             return True
 
         return self._persist(create, name)
+
+    def try_out(self) -> bool:
+        """Write, read, replace and remove an object; say whether `create` can be relied upon.
+
+        Returns:
+            Whether of several that create an object at once only one succeeds, as far as the store
+            and its library show.
+
+        Raises:
+            OutputsError: If any of it is not possible.
+        """
+        name = f"locks/probe-{uuid.uuid4().hex}"
+        is_made = self.create(name, b"first")
+        is_exclusive = not self.create(name, b"second") and not self._looks_before_it_writes
+        last = b"third"
+        self.write(name, last)
+        found = self.read(name)
+        self.remove(name)
+        if not is_made or found != last:
+            raise OutputsError(
+                f"The store of outputs must have what was written last, {self.shown} has {found!r} "
+                f"instead of {last!r}: its library does not replace what is there. Choose an "
+                "address of another kind, such as s3://bucket/prefix or a shared folder."
+            )
+        return is_exclusive
+
+    def _create_file(self, path: str, content: bytes) -> bool:
+        try:
+            file = self._files.open(path, "xb")
+        except FileExistsError:
+            return bytes(self._files.cat_file(path)) == content
+        try:
+            with file:
+                file.write(content)
+        except BaseException:  # a full disk takes the name and not the content
+            with suppress(Exception):
+                self._files.rm_file(path)
+            raise
+        return True
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the objects below a folder: their names, from there on, and sizes in bytes."""
@@ -245,14 +294,16 @@ class Store:
         """Do something that may fail for a while.
 
         Raises:
-            OutputsError: If it failed as often as the patience goes, or cannot be mended so.
+            StoreAwayError: If it failed as often as the patience goes.
+            OutputsError: If another attempt cannot mend it.
         """
         for failures in range(1, self._patience.attempts + 1):
             try:
                 return action()
             except Exception as error:  # the libraries of stores have errors of their own
                 if not _may_pass(error) or failures == self._patience.attempts:
-                    raise OutputsError(self._explain(error, name)) from error
+                    kind = StoreAwayError if _may_pass(error) else OutputsError
+                    raise kind(self._explain(error, name)) from error
                 seconds = self._patience.wait(failures, None)
                 logger.warning(
                     "%s/%s: %s. Next attempt in %.0f s.", self.shown, name, _reason(error), seconds
@@ -263,6 +314,11 @@ class Store:
     def _explain(self, error: Exception, name: str) -> str:
         if _may_pass(error):
             way_out = "Look at the network and run the same command again; it goes on there."
+        elif _is_full(error):
+            way_out = (
+                "Free some space, there or in the folder for it on this computer, and run the same "
+                "command again; what is finished is kept."
+            )
         else:
             way_out = (
                 "Look at the address and at the credentials: s3:// takes those of "
@@ -278,12 +334,22 @@ class Store:
 def _may_pass(error: Exception) -> bool:
     if isinstance(error, (PermissionError, FileNotFoundError, ImportError, TypeError)):
         return False
+    if _is_full(error):
+        return False
     return UNMENDABLE.isdisjoint(kind.__name__ for kind in type(error).__mro__)
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL_DISK
+
+
 def without_login(address: str) -> str:
-    """Return a text with addresses in it without user and password."""
-    return re.sub(r"://[^/@\s]*@", "://", address)
+    """Return a text with addresses in it without passwords.
+
+    What stands alone before an @ is no secret: a user, or the container of `abfs://`. A password
+    may have an @ in it, so that it goes on to the last one before the path.
+    """
+    return re.sub(r"(://[^/:@\s]*):[^/\s]*@", r"\1:***@", address)
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from data.patience import Patience
 from flows import cli
 from flows.rotation_vit import rotation_vit
 from training import remote_checkpoints, remote_outputs
@@ -116,6 +117,21 @@ def test_missing_credentials_are_one_clear_line(
     assert "AWS_ACCESS_KEY_ID" in said
     assert said.count("\n") == 1
     assert s3.seen == []
+
+
+def test_a_store_that_is_away_is_one_clear_line_and_no_mistake_of_the_user(
+    s3: "StandInS3",
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ROTVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(remote_outputs, "AT_THE_START", Patience(attempts=1))
+    s3.fault = lambda asked: 503
+    assert cli.main(["run", "--outputs", "s3://bucket/x"]) == cli.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "run the same command again; it goes on there" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("place", ["https://host/x", "s3://"])

@@ -18,6 +18,8 @@ from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
 from training import attempts, store
 from training.configure import validate
+from training.errors import ERRORS_BY_NAME
+from training.remote_store import StoreAwayError
 from training.settings import ConfigError, merge
 from training.stages import STAGES
 from training.store import StageRequest, StageResult
@@ -129,6 +131,28 @@ def test_a_users_mistake_is_not_tried_again(request_of: Callable[..., StageReque
     with pytest.raises(ConfigError):
         tries()
     assert len(tried) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_backend")
+def test_a_store_that_is_away_is_asked_again_by_the_task(
+    request_of: Callable[..., StageRequest],
+) -> None:
+    """Whatever process it was away for: what a child says of it counts alike."""
+    tried: list[StageRequest] = []
+
+    @stage_task(waits=[0], fruitless=2)
+    def storing(request: StageRequest) -> StageResult:
+        tried.append(request)
+        raise ERRORS_BY_NAME["StoreAwayError"]("The store is away.")
+
+    @flow
+    def tries() -> StageResult:
+        return deliver(storing, request_of())
+
+    with pytest.raises(StoreAwayError):
+        tries()
+    assert len(tried) == 3
 
 
 def test_what_waits_for_networks_waits_longer_each_time() -> None:

@@ -12,10 +12,11 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import pretrain, remote_checkpoints, remote_outputs, store
+from training import pretrain, remote_checkpoints, remote_lock, remote_outputs, store
 from training.checkpoint import Snapshot, save
 from training.configure import validate
 from training.remote_checkpoints import Uploads, complete, fetch_newest, prune
+from training.remote_lock import leased
 from training.remote_outputs import compute_once
 from training.remote_store import ONCE, Store
 from training.runner import run_stage
@@ -39,13 +40,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def save_step(tmp_path: Path, rng: Any) -> Callable[[int], Path]:
-    """Save a checkpoint of a step in the stage's directory."""
+def save_step(tmp_path: Path, rng: Any) -> Callable[..., Path]:
+    """Save a checkpoint of a step in the stage's directory, or that of another machine."""
     import torch
 
-    def at(step: int) -> Path:
+    def at(step: int, machine: str = "stage") -> Path:
         tensors = {"model": {"w": torch.rand(50, generator=rng)}}
-        directory = tmp_path / "stage"
+        directory = tmp_path / machine
         directory.mkdir(exist_ok=True)
         (directory / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
         snapshot = Snapshot(step=step, tensors=tensors, state={})
@@ -55,9 +56,20 @@ def save_step(tmp_path: Path, rng: Any) -> Callable[[int], Path]:
 
 
 @contextmanager
+def sending(remote: Store, directory: Path) -> Iterator[None]:
+    """Send what the block saves, with a lease from a store that never fails."""
+    leases = Store(f"file://{directory.parent}/leases")
+    with (
+        leased(leases, "locks/k", owner="this machine", what="pretrain") as lease,
+        Uploads(remote, PLACE, directory, "pretrain", lease),
+    ):
+        yield
+
+
+@contextmanager
 def stopped(remote: Store, directory: Path) -> Iterator[None]:
     """Send what the block saves, until the stage is stopped at its end."""
-    with suppress(KeyboardInterrupt), Uploads(remote, PLACE, directory, "pretrain"):
+    with suppress(KeyboardInterrupt), sending(remote, directory):
         yield
         raise KeyboardInterrupt
 
@@ -77,7 +89,7 @@ def test_new_checkpoints_are_sent_while_the_stage_runs(
     address: str, save_step: Callable[[int], Path], tmp_path: Path
 ) -> None:
     remote = Store(address)
-    with Uploads(remote, PLACE, tmp_path / "stage", "pretrain"):
+    with sending(remote, tmp_path / "stage"):
         for step in (1, 2, 3):
             save_step(step)
             until_stored(remote, step)
@@ -129,7 +141,7 @@ def test_of_a_damaged_one_the_one_before_is_used(
     save_step: Callable[[int], Path], tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     remote = Store(f"file://{tmp_path}/store")
-    with Uploads(remote, PLACE, tmp_path / "stage", "pretrain"):
+    with sending(remote, tmp_path / "stage"):
         for step in (1, 2):
             save_step(step)
             until_stored(remote, step)
@@ -162,18 +174,48 @@ def test_newer_ones_that_were_of_no_use_give_way(
     import shutil
 
     remote = Store(f"file://{tmp_path}/store")
-    with Uploads(remote, PLACE, tmp_path / "stage", "pretrain"):
+    with sending(remote, tmp_path / "stage"):
         for step in (3, 9):
             save_step(step)
             until_stored(remote, step)
     shutil.rmtree(tmp_path / "stage")
-    with Uploads(remote, PLACE, tmp_path / "stage", "pretrain"):
+    with sending(remote, tmp_path / "stage"):
         mine = save_step(3)
         until(lambda: complete(remote, PLACE) == ["step-00000003"])
     fetch_newest(remote, PLACE, tmp_path / "elsewhere")
     found = newest_checkpoint(tmp_path / "elsewhere")
     assert found is not None
     assert (found / "model.safetensors").read_bytes() == (mine / "model.safetensors").read_bytes()
+
+
+def test_who_lost_the_lease_leaves_the_checkpoints_of_the_heir_alone(
+    save_step: Callable[..., Path],
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It does not know of its loss yet, and is behind the heir, whose step it will reach."""
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote_lock, "DEAD_AFTER_SECONDS", 0.2)
+    remote = Store(address)
+    with (
+        leased(remote, "locks/k", owner="loser", what="pretrain") as lost,
+        Uploads(remote, PLACE, tmp_path / "loser", "pretrain", lost),
+        leased(remote, "locks/k", owner="heir", what="pretrain") as held,
+        Uploads(remote, PLACE, tmp_path / "heir", "pretrain", held),
+    ):
+        save_step(900, "heir")
+        until_stored(remote, 900)
+        before = remote.sizes("pretrain")
+        save_step(500, "loser")
+        until(lambda: "Another run has taken over pretrain" in caplog.text)
+        save_step(900, "loser")
+        time.sleep(0.3)  # many looks
+        assert remote.sizes("pretrain") == before
+        save_step(901, "heir")
+        until_stored(remote, 901)
+    assert caplog.text.count("Another run has taken over pretrain") == 1
 
 
 def test_a_store_that_fails_costs_a_warning_and_no_time(
@@ -210,7 +252,7 @@ def test_a_store_that_hangs_is_not_waited_for(
 
     s3.fault = fault
     began = time.monotonic()
-    with Uploads(Store("s3://bucket/x"), PLACE, tmp_path / "stage", "pretrain"):
+    with sending(Store("s3://bucket/x"), tmp_path / "stage"):
         save_step(1)
         until(lambda: bool(s3.seen))
     assert time.monotonic() - began < 10

@@ -5,12 +5,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from data.patience import Patience
 from training import remote_lock
 from training.remote_lock import leased
 from training.remote_store import Store
+
+if TYPE_CHECKING:
+    from tests.standin_s3 import StandInS3
 
 FOLDER = "locks/pretrain-k"
 
@@ -82,6 +87,46 @@ def test_a_holder_that_is_alive_is_waited_for(
     assert "Waiting for process" in caplog.text
 
 
+def test_after_an_outage_a_holder_that_is_alive_keeps_it(
+    s3: "StandInS3", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sign of life could reach the store, and the one who waits is the first to ask again."""
+    monkeypatch.setattr(remote_lock, "BEAT_SECONDS", 0.4)
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.03)
+    monkeypatch.setattr(remote_lock, "DEAD_AFTER_SECONDS", 2.5)
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)  # its own, which take seconds
+    remote = Store("s3://bucket/x", Patience(attempts=1000, first_wait=0.02, longest_wait=0.02))
+    order: list[str] = []
+
+    def second() -> None:
+        with leased(remote, FOLDER, owner="second", what="a stage"):
+            order.append("second")
+
+    with leased(remote, FOLDER, owner="first", what="a stage") as lease:
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.5)
+        s3.fault = lambda asked: 503
+        time.sleep(4)
+        s3.fault = lambda asked: None
+        time.sleep(1.5)
+        assert lease.is_held()
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_lost_it_says_so_once_and_gives_no_more_signs(
+    folder: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with leased(folder, FOLDER, owner="first", what="a stage") as lost:
+        folder.create(f"{FOLDER}/00000002", json.dumps({"owner": "heir"}).encode())
+        lost._thread.join(10)
+        assert not lost.is_held()
+    assert caplog.text.count("Another run has taken over a stage") == 1
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_lease_of_a_dead_holder_is_taken_over_and_not_before_its_time(
     folder: Store, caplog: pytest.LogCaptureFixture
@@ -129,3 +174,37 @@ def test_a_number_that_was_used_and_removed_is_not_held_again(remote: Store) -> 
     with leased(remote, FOLDER, owner="b", what="a stage"):
         assert remote_lock._create(remote, FOLDER, 1, {"owner": "late"})
         assert remote_lock._newest(remote, FOLDER) == 2
+
+
+@pytest.mark.usefixtures("quick", "simple_kind")
+def test_of_two_that_both_created_it_one_holds_it(tmp_path: Path) -> None:
+    """In a store that looks first and then writes, both find nothing; the last to write has it."""
+    remote = Store(f"simple://{tmp_path}/store")
+    both = threading.Barrier(2)
+    held: list[list[float]] = [[], []]
+
+    def take(number: int) -> None:
+        both.wait(10)
+        with leased(remote, FOLDER, owner=f"machine {number}", what="a stage") as lease:
+            ends = time.monotonic() + 0.5
+            while time.monotonic() < ends:
+                time.sleep(0.05)  # with a sign of life, which must not be in the other's place
+                if lease.is_held():
+                    held[number].append(time.monotonic())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(take, range(2)))
+    spans = sorted((times[0], times[-1]) for times in held if times)
+    assert spans
+    assert len(spans) == 1 or spans[0][1] < spans[1][0], "never both at a time"
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_was_written_over_does_not_hold_it_and_leaves_it_alone(folder: Store) -> None:
+    with leased(folder, FOLDER, owner="first", what="a stage") as lease:
+        assert lease.is_held()
+        late = json.dumps({"owner": "late", "token": "of another"}).encode()
+        folder.write(f"{FOLDER}/00000001", late)
+        assert not lease.is_held()
+        time.sleep(0.3)  # several signs of life
+    assert folder.read(f"{FOLDER}/00000001") == late

@@ -1,11 +1,13 @@
 """Outputs at an address: complete or absent, verified, computed once, whatever goes wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from training.stages import STAGES
 from training.store import StageRequest, StageResult
 
 if TYPE_CHECKING:
+    from fsspec.implementations.local import LocalFileSystem
+
     from tests.standin_s3 import Fault, StandInS3
 
 Machine = Callable[[str, str], Path]
@@ -160,6 +164,39 @@ def test_two_machines_at_once_compute_once(
     assert len(calls) == 1
     assert sorted(result.status for result in found) == ["cached", "computed"]
     assert found[0].digest == found[1].digest
+
+
+def test_a_copy_of_the_cache_waits_for_the_lease_of_the_machine_that_it_is_of(
+    on: Request,
+    tmp_path: Path,
+    computed: Compute,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An image of a machine, with the folder's own name in it, is started while that one lives."""
+    caplog.set_level("INFO", logger="training")
+    monkeypatch.setattr(remote_lock, "LOOK_SECONDS", 0.02)
+    address = f"file://{tmp_path}/store"
+    first = on("a", address)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    second = on("b", address)
+    begun, waited = threading.Event(), threading.Event()
+
+    def slowly(request: StageRequest) -> StageResult:
+        begun.set()
+        assert waited.wait(20)
+        return computed(request)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.submit(compute_once, first, slowly)
+        assert begun.wait(20)
+        found = pool.submit(compute_once, second, must_not_run)
+        deadline = time.monotonic() + 10
+        while "Waiting for process" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        waited.set()
+        assert made.result().status == "computed"
+        assert found.result().status == "cached"
 
 
 def test_who_lost_the_lease_takes_what_the_other_one_made(
@@ -534,6 +571,17 @@ def test_an_address_has_a_folder_of_its_own(
     assert local_folder("memory://x").parent == tmp_path / "cache" / "rotation-vit"
 
 
+def test_the_file_with_the_address_is_its_owners_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password may be in it, which somebody could read until the mode is changed."""
+    monkeypatch.setenv("ROTVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "chmod", lambda self, mode: None)
+    folder = local_folder("sftp://me:secret@host/prefix")
+    assert (folder / remote_outputs.MARKER).stat().st_mode & 0o777 == 0o600
+    assert "secret" not in folder.name
+
+
 def test_a_store_without_conditional_writes_is_named(
     machine: Machine,
     tmp_path: Path,
@@ -549,6 +597,32 @@ def test_a_store_without_conditional_writes_is_named(
     monkeypatch.setattr(MemoryFileSystem, "exists", lambda self, path, **named: False)
     remote_outputs.check(outputs)
     assert "both may compute it" in caplog.text
+
+
+@pytest.mark.usefixtures("simple_kind")
+def test_a_store_whose_library_looks_before_it_writes_is_named(
+    machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote_outputs.check(machine("a", f"simple://{tmp_path}/store"))
+    assert "both may compute it" in caplog.text
+
+
+def test_a_store_that_does_not_replace_what_is_there_is_refused(
+    machine: Machine,
+    tmp_path: Path,
+    simple_kind: type["LocalFileSystem"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As webhdfs, whose answer to that its library drops: a sign of life would not be seen."""
+    replace = simple_kind.mv
+
+    def keep(self: "LocalFileSystem", old: str, new: str) -> None:
+        if not Path(new).exists():
+            replace(self, old, new)
+
+    monkeypatch.setattr(simple_kind, "mv", keep)
+    with pytest.raises(OutputsError, match=r"must have what was written last.*'first'"):
+        remote_outputs.check(machine("a", f"simple://{tmp_path}/store"))
 
 
 def test_the_record_of_a_run_is_stored_and_names_places_by_the_address(

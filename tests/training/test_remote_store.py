@@ -1,5 +1,9 @@
 """Objects in stores, what goes wrong on the way to them, and addresses."""
 
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +12,14 @@ import pytest
 
 from data.patience import Patience
 from training import remote_store
-from training.remote_store import Inventory, LostError, Store, is_address, tidy_address
+from training.remote_store import (
+    Inventory,
+    LostError,
+    Store,
+    StoreAwayError,
+    is_address,
+    tidy_address,
+)
 from training.stage_files import FileRecord, OutputsError, sha256_of
 
 if TYPE_CHECKING:
@@ -56,6 +67,41 @@ def test_what_is_there_is_not_created_again(address: str) -> None:
     assert remote.create("locks/a", b"first"), "our own, when an answer was lost"
 
 
+FULL = """
+import resource, signal, sys
+from training import remote_store
+from training.stage_files import OutputsError
+
+remote = remote_store.Store(sys.argv[1])
+assert remote.create("locks/before", b"x")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for write in (remote.create, remote.write):
+    try:
+        print(write("locks/a", b"content"))
+    except OutputsError as error:
+        print(error)
+print(sorted(remote.sizes("locks")))
+"""
+
+
+def test_a_folder_that_is_full_is_said_so_at_once_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    """An object without its content would be taken for another's, and be waited for."""
+    began = time.monotonic()
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, f"file://{tmp_path}/store"],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    *said, left = found.stdout.splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert re.search(r"locks/a is not: OSError: .*File too large.* Free some space", line)
+    assert left == "['before']"
+    assert time.monotonic() - began < 30, "asked once"
+
+
 @pytest.mark.parametrize("fault", [500, 503, "cut"])
 def test_a_store_that_fails_for_a_while_is_asked_again(
     s3: "StandInS3", fault: "Fault", tmp_path: Path
@@ -77,7 +123,7 @@ def test_an_upload_that_never_succeeds_leaves_nothing_and_says_what_to_do(
     remote = Store("s3://bucket/x", PATIENT)
     (tmp_path / "weights").write_bytes(bytes(10**6))
     s3.fault = failing_times(1000, fault, "PUT")
-    with pytest.raises(OutputsError, match=r"s3://bucket/x must be .* weights is not: .* again;"):
+    with pytest.raises(StoreAwayError, match=r"s3://bucket/x must be .* weights is not: .* again;"):
         remote.upload(tmp_path / "weights", "weights")
     s3.fault = lambda request: None
     assert remote.sizes("") == {}
@@ -112,6 +158,7 @@ def test_what_another_attempt_cannot_mend_is_said_at_once(
     with pytest.raises(OutputsError, match=rf"{reason}.*AWS_ACCESS_KEY_ID") as raised:
         Store("s3://bucket/x").write("a", b"b")
     assert "\n" not in str(raised.value)
+    assert not isinstance(raised.value, StoreAwayError), "no retry of the task helps"
     assert len(s3.seen) <= 1
 
 
@@ -155,10 +202,21 @@ def test_an_unknown_kind_of_address_is_refused() -> None:
         Store("nonsense://a/b")
 
 
-def test_a_password_is_not_shown() -> None:
-    with pytest.raises(OutputsError) as raised:
-        Store("nonsense://user:secret@host/b")
-    assert "secret" not in str(raised.value)
+@pytest.mark.parametrize("password", ["secret", "sec@ret", "s:ecret", ""])
+def test_a_password_is_not_shown(password: str) -> None:
+    with pytest.raises(OutputsError, match=r"nonsense://user:\*\*\*@host/b is not") as raised:
+        Store(f"nonsense://user:{password}@host/b")
+    assert "cret" not in str(raised.value)
+    assert "ret@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["abfs://container@account.dfs.core.windows.net/x", "sftp://me@host/x", "s3://bucket/a:b@c"],
+)
+def test_an_address_without_a_password_is_shown_as_it_is(address: str) -> None:
+    """The command that resumes is made of it."""
+    assert remote_store.without_login(address) == address
 
 
 def test_a_file_is_fetched_verified_and_with_its_time(address: str, tmp_path: Path) -> None:
