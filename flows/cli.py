@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # a user's mistake is a line; anything else goes on as it came
         if not is_user_error(error):
             raise
-        return _fail(str(error), EXIT_USER_ERROR)
+        from training.errors import is_final
+
+        return _fail(str(error), EXIT_USER_ERROR if is_final(error) else EXIT_FAILED)
     return 0
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RunFailedError(RuntimeError):
-    """A stage failed, or the store of the outputs is away: not by a user's mistake."""
+    """A stage failed, and not by a user's mistake."""
 
 
 class KilledError(BaseException):
@@ -38,17 +38,23 @@ def run_and_show(
         refresh: Stages to compute again.
 
     Raises:
-        RunFailedError: If a stage failed, or a store is away, and not by a user's mistake.
+        RunFailedError: If a stage failed, and not by a user's mistake.
+        StoreAwayError: If the store of the outputs is away.
         KilledError: If this process was told to end.
     """
     outputs = outputs.expanduser().resolve()
     again = refreshed(refresh, plan(settings, until))
-    from training.remote_store import StoreAwayError
+    from training import preflight
 
-    try:
-        results = _run(settings, outputs, until=until, refresh=again)
-    except StoreAwayError as error:
-        raise RunFailedError(str(error)) from error
+    preflight.check(settings, outputs, until)
+    results = None
+    if not again and not server_is_configured():
+        # Nobody would see that flow run, and starting a server takes longer than all the rest.
+        from training.run_record import record_if_all_cached
+
+        results = record_if_all_cached(settings, outputs, until)
+    if results is None:
+        results = _compute(settings, outputs, until=until, refresh=again)
     from rich.console import Console
 
     from flows import display
@@ -62,23 +68,6 @@ def run_and_show(
     if (address := address_of(outputs)) != str(outputs):
         stored = f"stored   {address}/runs/{results['run']}"
         console.print(stored, soft_wrap=True, markup=False, highlight=False)
-
-
-def _run(
-    settings: "Settings", outputs: Path, *, until: str | None, refresh: Sequence[str]
-) -> dict[str, Any]:
-    from training import preflight
-
-    preflight.check(settings, outputs, until)
-    results = None
-    if not refresh and not server_is_configured():
-        # Nobody would see that flow run, and starting a server takes longer than all the rest.
-        from training.run_record import record_if_all_cached
-
-        results = record_if_all_cached(settings, outputs, until)
-    if results is None:
-        results = _compute(settings, outputs, until=until, refresh=refresh)
-    return results
 
 
 def _compute(

@@ -21,14 +21,14 @@ from tasks.stage_processes import SERVER_DIED, ServerDiedError, StageProcess
 from training import attempts, progress, stage_files
 from training.errors import ERRORS_BY_NAME
 from training.stages import STAGES
-from training.stopping import EXIT_RESUME, PARENT_STOPS
+from training.stopping import ENDING, EXIT_RESUME, PARENT_STOPS
 from training.store import StageRequest, StageResult
 from training.wording import ended_by
 
 logger = logging.getLogger("training.child")
 
 GRACE_SECONDS = 25
-"""Time for the child's last checkpoint; Prefect's worker kills after 30."""
+"""Time for the child's last checkpoint, of `stopping.STOP_SECONDS`."""
 
 
 class StageFailedError(RuntimeError):
@@ -57,6 +57,7 @@ def run_in_child(request: StageRequest) -> StageResult:
     if found:
         return found
     stage = STAGES[request.stage]
+    ENDING.begin()
     try:
         started = stage_processes.start(stage.module_name, request.directory)
     except ServerDiedError as error:
@@ -94,6 +95,7 @@ def _follow(stream: IO[str]) -> dict[str, Any]:
 
 
 def _stop(child: StageProcess, *, saves: bool) -> None:
+    ENDING.told()
     child.send_signal(PARENT_STOPS if saves else signal.SIGKILL)
     try:
         _let_end(child, GRACE_SECONDS)

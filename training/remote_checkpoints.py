@@ -27,6 +27,7 @@ from training.stage_files import (
     newest_checkpoint,
     sha256_of_bytes,
 )
+from training.stopping import ENDING
 from training.store import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,10 @@ AGAIN_SECONDS = 30.0
 """Time until a checkpoint is sent again that could not be."""
 
 END_SECONDS = 20.0
-"""Longest time that the end of a stage waits for its last checkpoint to be sent; the flow's process
-is killed thirty seconds after it was told to stop."""
+"""Longest time that the end of a stage waits for its last checkpoint to be sent."""
+
+RELEASE_SECONDS = 2.0
+"""What is kept, of the time in which a process must end, for giving the lease back."""
 
 
 def complete(store: Store, place: str) -> list[str]:
@@ -151,7 +154,7 @@ class Uploads:
         if error is None:
             self._given_up.set()  # there is a result, or about to be one
         self._ended.set()
-        self._thread.join(END_SECONDS)
+        self._thread.join(ENDING.seconds(END_SECONDS, keep=RELEASE_SECONDS))
         self._given_up.set()
 
     def _run(self) -> None:

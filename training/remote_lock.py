@@ -23,6 +23,7 @@ from typing import Any
 from data.patience import Patience
 from training.remote_store import ONCE, Store
 from training.stage_files import OutputsError
+from training.stopping import ENDING
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ class Lease:
     def release(self) -> None:
         """Let others have it at once."""
         self._ended.set()
-        self._thread.join(JOIN_SECONDS)  # what it is about to write would undo what follows
+        self._thread.join(
+            ENDING.seconds(JOIN_SECONDS)
+        )  # what it is about to write would undo what follows
         try:
             store = self._store.patient(ONCE)
             is_silent = not self._thread.is_alive() and not self._is_lost

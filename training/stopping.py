@@ -17,6 +17,10 @@ convention's EX_TEMPFAIL: try again later.)"""
 INSISTS_WITHIN_SECONDS = 10.0
 """A second request within this time stops at once."""
 
+STOP_SECONDS = 28.0
+"""Time from the moment that a flow's process is told to stop until it should have ended: Prefect's
+worker kills it after 30."""
+
 PARENT_DIED = signal.SIGHUP
 """What the kernel sends when the parent dies."""
 
@@ -25,6 +29,37 @@ PARENT_STOPS = signal.SIGUSR1
 parent and child (a service manager signals every process of a group) never counts as two."""
 
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+class Ending:
+    """How long a process that waits for stages has, once it is told to stop."""
+
+    def __init__(self) -> None:
+        self._told_at: float | None = None
+
+    def begin(self) -> None:
+        """Forget an earlier stop: this process waits for a stage again."""
+        self._told_at = None
+
+    def told(self) -> None:
+        """Take note that it is to end from now on."""
+        self._told_at = self._told_at or time.monotonic()
+
+    def seconds(self, most: float, *, keep: float = 0.0) -> float:
+        """Return how long something may take: `most`, or what is left of `STOP_SECONDS`.
+
+        Args:
+            most: Longest time, in seconds, where nobody waits for this process to end.
+            keep: Seconds that are kept for what comes after it.
+        """
+        if self._told_at is None:
+            return most
+        left = self._told_at + STOP_SECONDS - keep - time.monotonic()
+        return max(0.0, min(most, left))
+
+
+ENDING = Ending()
+"""That of this process."""
 
 
 class Stopped(Exception):

@@ -119,7 +119,9 @@ def test_missing_credentials_are_one_clear_line(
     assert s3.seen == []
 
 
+@pytest.mark.parametrize("command", ["run", "status"])
 def test_a_store_that_is_away_is_one_clear_line_and_no_mistake_of_the_user(
+    command: str,
     s3: "StandInS3",
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -128,7 +130,7 @@ def test_a_store_that_is_away_is_one_clear_line_and_no_mistake_of_the_user(
     monkeypatch.setenv("ROTVIT_CACHE", str(tmp_path))
     monkeypatch.setattr(remote_outputs, "AT_THE_START", Patience(attempts=1))
     s3.fault = lambda asked: 503
-    assert cli.main(["run", "--outputs", "s3://bucket/x"]) == cli.EXIT_FAILED
+    assert cli.main([command, "--outputs", "s3://bucket/x"]) == cli.EXIT_FAILED
     said = capsys.readouterr().err
     assert "run the same command again; it goes on there" in said
     assert said.count("\n") == 1

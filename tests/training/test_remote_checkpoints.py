@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import pretrain, remote_checkpoints, remote_lock, remote_outputs, store
+from training import pretrain, remote_checkpoints, remote_lock, remote_outputs, stopping, store
 from training.checkpoint import Snapshot, save
 from training.configure import validate
 from training.remote_checkpoints import Uploads, complete, fetch_newest, prune
@@ -238,13 +238,20 @@ def test_a_store_that_fails_costs_a_warning_and_no_time(
     assert "Checkpoint step-00000002 of pretrain is stored" in caplog.text
 
 
+@pytest.mark.parametrize("is_told", [False, True], ids=["an end", "a stop"])
 def test_a_store_that_hangs_is_not_waited_for(
     save_step: Callable[[int], Path],
     s3: "StandInS3",
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    is_told: bool,
 ) -> None:
-    monkeypatch.setattr(remote_checkpoints, "END_SECONDS", 0.3)
+    """Nor longer than a process has that is told to stop, whose child has taken its time."""
+    if is_told:
+        monkeypatch.setattr(stopping, "STOP_SECONDS", remote_checkpoints.RELEASE_SECONDS + 0.3)
+        monkeypatch.setattr(stopping.ENDING, "_told_at", time.monotonic())
+    else:
+        monkeypatch.setattr(remote_checkpoints, "END_SECONDS", 0.3)
     hangs = threading.Event()
 
     def fault(asked: str) -> None:
