@@ -37,7 +37,7 @@ def test_a_small_run_gives_the_same_bytes_every_way() -> None:
     [
         ("same_bytes", True, []),
         ("same_bytes", False, ["same bytes"]),
-        ("cache_full_over_local", 9.0, ["cache full"]),
+        ("cache_full_over_local", 9.0, ["cache full again"]),
     ],
 )
 def test_a_promise_that_is_not_kept_is_named(figure: str, value: Any, missed: list[str]) -> None:
