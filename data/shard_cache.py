@@ -301,8 +301,9 @@ def _sets(root: Path) -> list[Path]:
 
 def _is_a_set(folder: Path) -> bool:
     with suppress(OSError):  # of another's folder that may not be read, or that has just gone
-        names = {path.name for path in folder.iterdir()}
-        return _USERS in names and names.issubset(_FILES)
+        # First what takes no listing: another's folder may have millions of files, and this is
+        # asked whenever an image is kept.
+        return (folder / _USERS).is_file() and all(path.name in _FILES for path in folder.iterdir())
     return False
 
 
