@@ -107,11 +107,23 @@ class RemotePixels:
             InterruptedError: If `stop` said so.
         """
         out = np.empty((len(numbers), *self.shape[1:]), dtype=np.uint8)
-        for row, content in enumerate(self._contents([int(number) for number in numbers])):
-            if self._pixel_format == "jpeg":
-                out[row] = jpeg.decode(content, self.shape[1])
-            else:
-                out[row] = np.frombuffer(content, dtype=np.uint8).reshape(self.shape[1:])
+        coming: dict[int, Future[bytes]] = {}
+        pool, is_over = self.pool, threading.Event()
+        for row, number in enumerate(numbers.tolist()):
+            future = self._taken(number)
+            if future is None and not self._copy_kept(number, out[row]):
+                future = pool.submit(self.fetch, number, lambda: is_over.is_set() or self.stopped())
+            if future is not None:
+                coming[row] = future
+        for ahead in tuple(self._ahead):
+            ahead.go_on()
+        try:
+            for row, future in coming.items():
+                self._unpack(future.result(), out[row])
+        finally:  # of what was not waited for, if one has failed
+            is_over.set()  # or each of those under way would ask for as long as this one has
+            for future in coming.values():
+                future.cancel()
         return out
 
     @contextmanager
@@ -187,29 +199,20 @@ class RemotePixels:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(REQUESTS, thread_name_prefix="shards")
 
-    def _contents(self, numbers: Sequence[int]) -> list[bytes]:
-        cache, pool = self.cache, self.pool
-        here: dict[int, bytes] = {}
-        coming: dict[int, Future[bytes]] = {}
-        is_over = threading.Event()
-        for number in numbers:
-            future = self._taken(number)
-            if future is None:
-                content = cache.get(number)
-                if content is not None:
-                    here[number] = content
-                    continue
-                future = pool.submit(self.fetch, number, lambda: is_over.is_set() or self.stopped())
-            coming[number] = future
-        for ahead in tuple(self._ahead):
-            ahead.go_on()
-        try:
-            here |= {number: future.result() for number, future in coming.items()}
-        finally:  # of what was not waited for, if one has failed
-            is_over.set()  # or each of those under way would ask for as long as this one has
-            for future in coming.values():
-                future.cancel()
-        return [here[number] for number in numbers]
+    def _copy_kept(self, number: int, out: NDArray[np.uint8]) -> bool:
+        """Put an image of the cache into an array; say whether it was there."""
+        if self._pixel_format == "raw":
+            return self.cache.read_into(number, out.reshape(-1).data)
+        content = self.cache.get(number)
+        if content is not None:
+            self._unpack(content, out)
+        return content is not None
+
+    def _unpack(self, content: bytes, out: NDArray[np.uint8]) -> None:
+        if self._pixel_format == "jpeg":
+            out[:] = jpeg.decode(content, self.shape[1])
+        else:
+            out[:] = np.frombuffer(content, dtype=np.uint8).reshape(self.shape[1:])
 
     def _taken(self, number: int) -> Future[bytes] | None:
         for ahead in tuple(self._ahead):

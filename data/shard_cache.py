@@ -47,7 +47,7 @@ _GIB = 2**30
 _log = logging.getLogger(__name__)
 
 
-def digest_of_image(content: bytes) -> int:
+def digest_of_image(content: bytes | memoryview) -> int:
     """Return what tells the bytes of an image from others, 64 bits.
 
     BLAKE2b, as that takes no longer on processors without instructions for SHA-256.
@@ -138,22 +138,30 @@ class ShardCache:
         return np.asarray(numbers[self._have[numbers] == 0])
 
     def get(self, number: int) -> bytes | None:
-        """Return an image, or None if it is not here, or not as it was put.
+        """Return an image, or None if it is not here, or not as it was put."""
+        content = bytearray(self._sizes[number])
+        return bytes(content) if self.read_into(number, memoryview(content)) else None
+
+    def read_into(self, number: int, out: memoryview) -> bool:
+        """Read an image, and say whether it is here as it was put; if not, `out` has anything.
 
         It is held against its digest when this object reads it for the first time, as files of
         prepared images are once; in every epoch that would take more than all the reading.
+
+        Args:
+            number: Of the image.
+            out: Bytes, as many as the image has.
         """
         if not self._have[number]:
-            return None
-        size = int(self._sizes[number])
-        content = b""
+            return False
+        size = 0
         with suppress(OSError):  # of a disk that fails
-            content = os.pread(self._images, size, int(self._ends[number]) - size)
-        if len(content) == size and (
-            self._checked[number] or digest_of_image(content) == int(self._digests[number])
+            size = os.preadv(self._images, [out], int(self._ends[number]) - len(out))
+        if size == len(out) and (
+            self._checked[number] or digest_of_image(out) == int(self._digests[number])
         ):
             self._checked[number] = True
-            return content
+            return True
         self._have[number], self._checked[number] = 0, False
         if not self._told_of_damage:
             self._told_of_damage = True
@@ -162,7 +170,7 @@ class ShardCache:
                 "again.",
                 self._folder,
             )
-        return None
+        return False
 
     def put(self, contents: Mapping[int, bytes]) -> None:
         """Keep images, as long as there is space; they must have been held against their digests.
