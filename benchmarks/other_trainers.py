@@ -146,7 +146,7 @@ def best_of_trainer(settings: Settings) -> dict[str, Any]:
 
     bfloat16 where the hardware computes in it, by the rule that our own training follows.
     """
-    found = hardware.decide(HardwareSettings(), embed_dim=settings.model.embed_dim)
+    found = hardware.decide(HardwareSettings())
     return {
         "bf16": found.precision == "bfloat16",
         "torch_compile": True,

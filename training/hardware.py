@@ -36,11 +36,9 @@ from training.store import write_atomically
 
 logger = logging.getLogger(__name__)
 
-WIDE_ENOUGH_FOR_BFLOAT16 = 256
-"""Narrowest network, by token width, that bfloat16 makes faster on a CPU that multiplies it in
-vectors. On two cores with AVX-512 bf16, bfloat16 over float32 in samples/s: 1.8 at width 512 with 8
-blocks, 0.76 at width 128 with 4. One that multiplies it in tiles (AMX) is faster with any: 1.5 to
-1.8 at width 128 with 4 blocks, 17 and 65 tokens (transformers' ViT, torch 2.15; EXPERIMENTS.md)."""
+FAST_IN_BFLOAT16 = ("avx512_bf16", "amx_bf16")
+"""Flags of processors on which bfloat16 is faster, whatever the width, as the attention is written
+out there: of `drawn`, width 128 with 4 blocks, 1.6 to 1.8 times (EXPERIMENTS.md)."""
 
 COMPILING_PAYS = 1e17
 """Length of a training on a GPU, in floating-point operations, from which compiling its network
@@ -115,7 +113,6 @@ def decide_once(
     directory: Path,
     settings: HardwareSettings,
     *,
-    embed_dim: int,
     operations: float | None = None,
     processes: int = 1,
 ) -> Hardware:
@@ -140,7 +137,7 @@ def decide_once(
             stored = replace(stored, compile=False)
         # Whether to compile was decided at first; what it takes need not be here any more.
         eager = settings.model_copy(update={"compile": False})
-        now = decide(eager, embed_dim=embed_dim, processes=processes)
+        now = decide(eager, processes=processes)
         if stored.processes != processes:
             logger.info(
                 "Started in %d process(es), goes on in %d: results differ by their rounding.",
@@ -152,7 +149,7 @@ def decide_once(
             logger.info("As its first attempt, the stage computes on %s.", stored)
         hardware = stored
     else:
-        hardware = decide(settings, embed_dim=embed_dim, operations=operations, processes=processes)
+        hardware = decide(settings, operations=operations, processes=processes)
         write_atomically(path, json.dumps(asdict(hardware)).encode())
     use_threads(hardware.threads)
     return hardware
@@ -178,7 +175,6 @@ def _read(path: Path) -> Hardware:
 def decide(
     settings: HardwareSettings,
     *,
-    embed_dim: int,
     operations: float | None = None,
     processes: int = 1,
 ) -> Hardware:
@@ -186,7 +182,6 @@ def decide(
 
     Args:
         settings: What the user wants; the rest is decided.
-        embed_dim: Width of the network.
         operations: Floating-point operations of the whole training; none where nothing is trained,
             and so nothing is compiled.
         processes: That divide them.
@@ -200,8 +195,7 @@ def decide(
         fast = (
             torch.cuda.is_bf16_supported(including_emulation=False)
             if device == "cuda"
-            else _cpu_has("amx_bf16")
-            or (_cpu_has("avx512_bf16") and embed_dim >= WIDE_ENOUGH_FOR_BFLOAT16)
+            else any(map(_cpu_has, FAST_IN_BFLOAT16))
         )
         precision = "bfloat16" if fast else "float32"
     return Hardware(

@@ -100,7 +100,7 @@ def whole_page(
     for result in (*found.stages.values(), *found.by_role.values()):
         if not result.stage.startswith("download"):
             remote_outputs.fetch(result.directory)
-    hardware = decide(chosen, embed_dim=settings.model.embed_dim)
+    hardware = decide(chosen)
     return render(
         found.stages,
         settings,

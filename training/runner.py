@@ -104,7 +104,6 @@ class StageContext:
             lambda: hardware.decide_once(
                 self.directory,
                 self.settings.hardware,
-                embed_dim=model.embed_dim,
                 operations=None if passes is None else passes * model.operations_per_image,
                 processes=self.team.count,
             )

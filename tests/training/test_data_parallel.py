@@ -625,11 +625,11 @@ def test_the_decision_of_another_number_of_processes_holds_but_for_their_threads
     before = torch.get_num_threads()
     try:
         wanted = HardwareSettings(device="cpu", precision="bfloat16", threads=2)
-        first = hardware.decide_once(tmp_path, wanted, embed_dim=16, processes=2)
+        first = hardware.decide_once(tmp_path, wanted, processes=2)
         later = HardwareSettings(device="cpu", precision="float32", threads=1)
-        alone = hardware.decide_once(tmp_path, later, embed_dim=16)
+        alone = hardware.decide_once(tmp_path, later)
         assert (alone.precision, alone.threads, alone.processes) == ("bfloat16", 1, 1)
-        assert hardware.decide_once(tmp_path, later, embed_dim=16, processes=2) == first
+        assert hardware.decide_once(tmp_path, later, processes=2) == first
     finally:
         hardware.use_threads(before)
 

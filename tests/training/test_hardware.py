@@ -20,25 +20,25 @@ COMPILED = Hardware(device="cpu", precision="float32", compile=True, threads=1)
 
 
 @pytest.mark.parametrize(
-    ("flags", "embed_dim", "expected"),
+    ("flags", "expected"),
     [
-        ("fma avx2", 512, "float32"),
-        ("avx2 avx512_bf16", 128, "float32"),
-        ("avx2 avx512_bf16", 512, "bfloat16"),
-        ("avx512_bf16 amx_bf16 amx_tile", 128, "bfloat16"),
+        ("fma avx2", "float32"),
+        ("avx2 avx512f avx512_vnni", "float32"),
+        ("avx2 avx512_bf16", "bfloat16"),
+        ("amx_bf16 amx_tile", "bfloat16"),
     ],
 )
-def test_bfloat16_is_taken_on_cpu_where_the_processor_makes_this_width_faster_with_it(
-    monkeypatch: pytest.MonkeyPatch, flags: str, embed_dim: int, expected: str
+def test_bfloat16_is_taken_on_cpu_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, expected: str
 ) -> None:
     monkeypatch.setattr(hardware, "_cpu_info", lambda field: f" {flags}" * (field == "flags"))
-    found = decide(HardwareSettings(device="cpu"), embed_dim=embed_dim)
+    found = decide(HardwareSettings(device="cpu"))
     assert (found.device, found.precision) == ("cpu", expected)
 
 
 def test_what_is_set_is_taken() -> None:
     settings = HardwareSettings(device="cpu", precision="bfloat16", threads=3)
-    found = decide(settings, embed_dim=16)
+    found = decide(settings)
     assert (found.precision, found.threads) == ("bfloat16", 3)
 
 
@@ -46,8 +46,8 @@ def test_a_resume_decides_as_the_first_attempt_did(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         first = HardwareSettings(device="cpu", precision="bfloat16", threads=1)
-        decided = decide_once(tmp_path, first, embed_dim=16)
-        later = decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
+        decided = decide_once(tmp_path, first)
+        later = decide_once(tmp_path, HardwareSettings(device="cpu"))
         assert later == decided
         assert torch.get_num_threads() == 1
     finally:
@@ -82,15 +82,15 @@ def test_fewer_threads_than_processors_are_taken_where_openmp_is_told_so(
 ) -> None:
     monkeypatch.setattr(hardware, "available_processors", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert decide(HardwareSettings(device="cpu"), embed_dim=16).threads == expected
-    assert decide(HardwareSettings(device="cpu", threads=7), embed_dim=16).threads == 7
+    assert decide(HardwareSettings(device="cpu")).threads == expected
+    assert decide(HardwareSettings(device="cpu", threads=7)).threads == 7
 
 
 def test_numpy_and_scikit_learn_compute_on_as_many_threads_as_torch(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         with threadpoolctl.threadpool_limits(2):
-            decide_once(tmp_path, HardwareSettings(device="cpu", threads=1), embed_dim=16)
+            decide_once(tmp_path, HardwareSettings(device="cpu", threads=1))
             pools = threadpoolctl.threadpool_info()
             assert {pool["user_api"] for pool in pools} == {"blas", "openmp"}
             assert {pool["num_threads"] for pool in pools} == {1}
@@ -102,14 +102,14 @@ def test_autocast_computes_in_the_precision_that_was_decided() -> None:
     layer = torch.nn.Linear(3, 5)
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         settings = HardwareSettings.model_validate({"device": "cpu", "precision": precision})
-        with decide(settings, embed_dim=16).autocast():
+        with decide(settings).autocast():
             assert layer(torch.zeros(2, 3)).dtype == dtype
 
 
 def test_a_damaged_decision_is_not_guessed_anew(tmp_path: Path) -> None:
     (tmp_path / "hardware.json").write_bytes(b'{"device": "cp')
     with pytest.raises(OutputsError, match=r"hardware\.json must say"):
-        decide_once(tmp_path, HardwareSettings(device="cpu"), embed_dim=16)
+        decide_once(tmp_path, HardwareSettings(device="cpu"))
 
 
 @pytest.mark.parametrize("wanted", [pytest.param(True, marks=pytest.mark.slow), False])
@@ -118,7 +118,7 @@ def test_the_network_is_compiled_where_that_is_wanted(
 ) -> None:
     """And what was compiled is kept where the next process finds it."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    found = decide(HardwareSettings(device="cpu", compile=wanted), embed_dim=16, operations=0)
+    found = decide(HardwareSettings(device="cpu", compile=wanted), operations=0)
     model = torch.nn.Linear(3, 2)
     called = found.for_training(model, cache=tmp_path / "cache")
     assert isinstance(called, torch._dynamo.OptimizedModule) == wanted
@@ -149,7 +149,7 @@ def test_a_long_training_on_a_gpu_is_compiled(
 ) -> None:
     monkeypatch.setattr(hardware, "_missing_to_compile", lambda device: "")
     settings = HardwareSettings.model_validate({"device": device, "precision": "bfloat16"})
-    assert decide(settings, embed_dim=512, operations=operations).compile == compiled
+    assert decide(settings, operations=operations).compile == compiled
 
 
 @pytest.mark.parametrize(("preset", "images"), [("drawn", 3_000), ("imagenet", 1_153_050)])
@@ -162,7 +162,7 @@ def test_the_mission_is_long_enough_to_compile_and_the_demo_is_not(
     )
     passes = 3 * 4 * images * settings.pretrain.epochs
     operations = passes * settings.model.operations_per_image
-    found = decide(settings.hardware, embed_dim=settings.model.embed_dim, operations=operations)
+    found = decide(settings.hardware, operations=operations)
     assert found.compile == (preset == "imagenet")
 
 
@@ -186,11 +186,11 @@ def test_without_what_compiling_needs_auto_does_without_and_true_says_what(
     automatic = HardwareSettings(device="cuda", precision="bfloat16")
     monkeypatch.setattr(hardware, "find_spec", lambda name: "triton")
     monkeypatch.setenv("CC", os.environ["CXX"])
-    assert not decide(automatic, embed_dim=16, operations=1e20).compile
+    assert not decide(automatic, operations=1e20).compile
     words = {"compiler": r"a compiler \(.*none\)", "headers": "Python's headers"}[lacking]
     with pytest.raises(ConfigError, match=rf"hardware\.compile=true needs {words}.*=auto"):
-        decide(wanted, embed_dim=16, operations=0)
-    assert not decide(wanted, embed_dim=16).compile, "nothing is trained, nothing is needed"
+        decide(wanted, operations=0)
+    assert not decide(wanted).compile, "nothing is trained, nothing is needed"
 
 
 def test_a_resume_without_the_compiler_that_was_there_goes_on_and_says_so(
@@ -199,13 +199,13 @@ def test_a_resume_without_the_compiler_that_was_there_goes_on_and_says_so(
     settings = HardwareSettings(device="cpu", threads=torch.get_num_threads(), compile=True)
     lacking = ""
     monkeypatch.setattr(hardware, "_missing_to_compile", lambda device: lacking)
-    assert decide_once(tmp_path, settings, embed_dim=16, operations=1e20).compile
-    assert decide_once(tmp_path, settings, embed_dim=16).compile, "the stored decision"
+    assert decide_once(tmp_path, settings, operations=1e20).compile
+    assert decide_once(tmp_path, settings).compile, "the stored decision"
     assert not caplog.records
     lacking = "a compiler"
     for same_or_other in (settings, settings.model_copy(update={"compile": "auto"})):
         caplog.clear()
-        assert not decide_once(tmp_path, same_or_other, embed_dim=16, operations=1e20).compile
+        assert not decide_once(tmp_path, same_or_other, operations=1e20).compile
         assert "goes on without" in caplog.text
 
 

@@ -52,7 +52,7 @@ def stored_page(outputs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def hardware(settings: Settings) -> Hardware:
-    return decide(settings.hardware, embed_dim=settings.model.embed_dim)
+    return decide(settings.hardware)
 
 
 @pytest.fixture(scope="module")
