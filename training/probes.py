@@ -181,7 +181,7 @@ def train_heads(
     total_steps = epochs * steps_per_epoch
     for step, rows in enumerate(_batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)):
         rows = rows.to(features.device)
-        x = (features[:, rows] - mean[:, None]) * scale[:, None]
+        x = features.index_select(1, rows).sub_(mean[:, None]).mul_(scale[:, None])
         logits = torch.baddbmm(bias, weight, x.mT).view(num_layers, num_classes, -1)
         # The gradient of the mean cross-entropy of each head with respect to its logits.
         errors = logits.softmax(dim=1).view(num_layers, num_classes, len(grid), batch_size)
