@@ -26,7 +26,6 @@ from models.attention import class_attention
 from models.errors import ModelError
 from models.export import load_model
 from models.resolution import at_image_size
-from models.vit import to_device
 from training.confusion import Confusion, count_confusions
 from training.feature_map import FeatureMap, draw_feature_map
 from training.features import Backbone, open_features
@@ -272,7 +271,8 @@ class _Classes:
 
 
 def _load(result: StageResult, hardware: Hardware) -> ViTForImageClassification:
-    return to_device(load_model(result.directory / "model"), hardware.torch_device)
+    # As its stage did: with the attention in another form, some of its answers would be others.
+    return hardware.place(load_model(result.directory / "model"))
 
 
 def _batches(subset: Subset, side: int, hardware: Hardware) -> Iterator[Tensor]:

@@ -253,7 +253,7 @@ _ALL = (
         summary="Tables and figures of all stages as one page.",
         reads=("preset", "seed", "evaluation"),
         needs=_needs_report,
-        version=2,
+        version=3,
     ),
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ViTForImageClassification
 
 from models.export import load_model
 from tests.training.test_report import Page
@@ -73,6 +74,24 @@ def test_the_matrices_count_what_the_stages_counted(
     for matrix in pictures.confusions:
         assert matrix.names == ["car", "house", "tree"]
         assert [sum(row) for row in matrix.counts] == [7, 7, 7]
+
+
+def test_models_answer_in_the_form_of_attention_that_their_stage_had(
+    results: dict[str, StageResult], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = []
+
+    def watch(model: ViTForImageClassification, *inputs: object, **options: object) -> object:
+        forms.append(model.config._attn_implementation)
+        return forward(model, *inputs, **options)
+
+    forward = ViTForImageClassification.forward
+    monkeypatch.setattr(ViTForImageClassification, "forward", watch)
+    for precision, form in (("bfloat16", "eager"), ("float32", "sdpa")):
+        chosen = settings.hardware.model_copy(update={"device": "cpu", "precision": precision})
+        forms.clear()
+        report_pictures.draw(results, settings, decide(chosen))
+        assert set(forms) == {form}
 
 
 @torch.no_grad()
