@@ -16,7 +16,7 @@ from tasks.child_process import StageFailedError
 from tasks.delivery import attempts_without_progress, deliver, stage_task
 from tasks.prepare_data import prepare_data
 from tasks.pretrain import pretrain
-from training import attempts, store
+from training import attempts, remote_outputs, store
 from training.configure import validate
 from training.errors import ERRORS_BY_NAME
 from training.remote_store import StoreAwayError
@@ -153,6 +153,33 @@ def test_a_store_that_is_away_is_asked_again_by_the_task(
     with pytest.raises(StoreAwayError):
         tries()
     assert len(tried) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_backend")
+def test_what_another_machine_has_stored_counts_before_what_is_here_alone(
+    run_stages: Callable[..., dict[str, StageResult]],
+    tiny_values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = validate(tiny_values)
+    here = run_stages(settings, tmp_path, "prepare_data")["prepare_data"]
+    request = store.make_request(STAGES["prepare_data"], settings, tmp_path, {})
+    assert store.inspect(request).result is not None
+    theirs = here.model_copy(update={"scores": {**here.scores, "skipped": 1}})
+
+    @stage_task(waits=[0])
+    def storing(request: StageRequest) -> StageResult:
+        return theirs
+
+    @flow
+    def delivers() -> StageResult:
+        return deliver(storing, request)
+
+    for is_stored, expected in ((False, theirs), (True, here)):
+        monkeypatch.setattr(remote_outputs, "is_stored", lambda request, found=is_stored: found)
+        assert delivers().scores == expected.scores
 
 
 def test_what_waits_for_networks_waits_longer_each_time() -> None:
