@@ -45,7 +45,7 @@ from training.linear_probe import train_probe
 from training.network import build_model
 from training.readings import readings
 from training.runner import Compute, StageContext, StageOutcome, run_stage
-from training.settings import ModelSettings, Settings
+from training.settings import HardwareSettings, ModelSettings, Settings
 from training.stage_files import MODEL
 from training.stages import STAGES, plan
 from training.stopping import StopRequest
@@ -82,7 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--pairs", type=int, default=3, help="turns of each")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {"hardware": hardware.describe(), "torch": torch.__version__}
+    found: dict[str, Any] = {
+        "hardware": hardware.describe(),
+        "torch": torch.__version__,
+        "precision": hardware.decide(HardwareSettings()).precision,
+    }
     kept = True
     for preset in options.presets:
         with tempfile.TemporaryDirectory(prefix="probe-cost-") as scratch:

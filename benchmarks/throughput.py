@@ -32,6 +32,7 @@ from training.configure import build_settings
 from training.network import build_model
 from training.progress import Progress
 from training.runner import StageContext, run_stage
+from training.settings import HardwareSettings
 from training.stages import STAGES
 from training.stopping import StopRequest
 from training.store import StageRequest
@@ -118,7 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--blocks", type=int, help="turns of each, instead of the usual number")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {"hardware": hardware.describe(), "torch": torch.__version__}
+    found: dict[str, Any] = {
+        "hardware": hardware.describe(),
+        "torch": torch.__version__,
+        "precision": hardware.decide(HardwareSettings()).precision,
+    }
     for preset in options.presets:
         case = CASES[preset]
         if options.blocks:

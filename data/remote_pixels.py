@@ -107,17 +107,26 @@ class RemotePixels:
             InterruptedError: If `stop` said so.
         """
         out = np.empty((len(numbers), *self.shape[1:]), dtype=np.uint8)
+        kept: dict[int, bytes] = {}
         coming: dict[int, Future[bytes]] = {}
-        pool, is_over = self.pool, threading.Event()
-        for row, number in enumerate(numbers.tolist()):
-            future = self._taken(number)
-            if future is None and not self._copy_kept(number, out[row]):
-                future = pool.submit(self.fetch, number, lambda: is_over.is_set() or self.stopped())
-            if future is not None:
-                coming[row] = future
-        for ahead in tuple(self._ahead):
-            ahead.go_on()
+        cache, pool, is_over = self.cache, self.pool, threading.Event()
         try:
+            for row, number in enumerate(numbers.tolist()):
+                future = self._taken(number)
+                if future is None and self._pixel_format == "raw":
+                    if cache.read_into(number, out[row].reshape(-1).data):
+                        continue
+                elif future is None and (content := cache.get(number)) is not None:
+                    kept[row] = content
+                    continue
+                coming[row] = future or pool.submit(
+                    self.fetch, number, lambda: is_over.is_set() or self.stopped()
+                )
+            for ahead in tuple(self._ahead):
+                ahead.go_on()
+            # What takes the processor comes last, while others are on their way.
+            for row, content in kept.items():
+                self._unpack(content, out[row])
             for row, future in coming.items():
                 self._unpack(future.result(), out[row])
         finally:  # of what was not waited for, if one has failed
@@ -198,15 +207,6 @@ class RemotePixels:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(REQUESTS, thread_name_prefix="shards")
-
-    def _copy_kept(self, number: int, out: NDArray[np.uint8]) -> bool:
-        """Put an image of the cache into an array; say whether it was there."""
-        if self._pixel_format == "raw":
-            return self.cache.read_into(number, out.reshape(-1).data)
-        content = self.cache.get(number)
-        if content is not None:
-            self._unpack(content, out)
-        return content is not None
 
     def _unpack(self, content: bytes, out: NDArray[np.uint8]) -> None:
         if self._pixel_format == "jpeg":

@@ -139,6 +139,8 @@ class ShardCache:
 
     def get(self, number: int) -> bytes | None:
         """Return an image, or None if it is not here, or not as it was put."""
+        if not self._have[number]:
+            return None
         content = bytearray(self._sizes[number])
         return bytes(content) if self.read_into(number, memoryview(content)) else None
 

@@ -36,9 +36,13 @@ from training.store import write_atomically
 
 logger = logging.getLogger(__name__)
 
+_DECISION = "hardware.json"
+"""In a stage's directory: what its first attempt decided."""
+
 FAST_IN_BFLOAT16 = ("avx512_bf16", "amx_bf16")
-"""Flags of processors on which bfloat16 is faster, whatever the width, as the attention is written
-out there: of `drawn`, width 128 with 4 blocks, 1.6 to 1.8 times (EXPERIMENTS.md)."""
+"""Flags of processors that train faster in bfloat16, whatever the width: by 1.6 to 2.0 at width 128
+with 4 blocks and attention written out, by 1.3 with the fused attention of 401 tokens
+(EXPERIMENTS.md)."""
 
 COMPILING_PAYS = 1e17
 """Length of a training on a GPU, in floating-point operations, from which compiling its network
@@ -73,8 +77,17 @@ class Hardware:
         """The device, as torch names it."""
         return torch.device(self.device)
 
+    def as_decided_in(self, directory: Path) -> "Hardware":
+        """Return this hardware with the precision that a stage computed in, as far as it is known.
+
+        Raises:
+            OutputsError: If the stage's decision cannot be read.
+        """
+        path = directory / _DECISION
+        return replace(self, precision=_read(path).precision) if path.is_file() else self
+
     def place(self, model: ViTForImageClassification) -> ViTForImageClassification:
-        """Move a model that is to be trained to the device, in place, and return it.
+        """Move a model that is trained, or asked as in its training, to the device; return it.
 
         Its attention is computed in the form that trains faster there; see
         `MOST_TOKENS_WRITTEN_OUT`. Weights, and what is exported, are the same for both.
@@ -126,7 +139,7 @@ def decide_once(
         ConfigError: As `decide` does.
         OutputsError: If the stored decision cannot be read.
     """
-    path = directory / "hardware.json"
+    path = directory / _DECISION
     if path.is_file():
         stored = _read(path)
         if stored.device == "cuda" and not torch.cuda.is_available():

@@ -104,7 +104,7 @@ def draw(results: Mapping[str, StageResult], settings: Settings, hardware: Hardw
         results: By stage name, any of them; models and prepared images are read from their
             directories.
         settings: Of the run.
-        hardware: Device and precision; the precision should be that of the stages.
+        hardware: Where to compute; the precision is the one that each stage computed in.
     """
     try:
         pretrained = _Pretrained(results, settings, hardware)
@@ -128,9 +128,8 @@ class _Pretrained:
     def __init__(
         self, results: Mapping[str, StageResult], settings: Settings, hardware: Hardware
     ) -> None:
-        self.settings, self.hardware = settings, hardware
-        self.side = settings.model.image_size
-        self.model = _load(results["pretrain"], hardware)
+        self.settings, self.side = settings, settings.model.image_size
+        self.model, self.hardware = _load(results["pretrain"], hardware)
         test = open_splits(results["prepare_data"].directory, settings).test
         self.test, self.of = _sample(test, MOST_IMAGES), len(test)
 
@@ -254,25 +253,41 @@ class _Classes:
             if stage not in self.results:
                 continue
             try:
-                model = _load(self.results[stage], self.hardware)
-            except ModelError as missing:
+                model, hardware = _load(self.results[stage], self.hardware)
+                if stage == "linear_probe":
+                    answers = self._answers_from_features(model)
+                else:
+                    answers = self._answers(model, hardware)
+            except (KeyError, OSError, ModelError) as missing:
                 logger.info("The report has no confusions of %s: %s", stage, missing)
                 continue
-            yield count_confusions(TITLES[stage], self.names, true, self._answers(model))
+            yield count_confusions(TITLES[stage], self.names, true, answers)
 
     @torch.no_grad()
-    def _answers(self, model: ViTForImageClassification) -> Tensor:
+    def _answers_from_features(self, model: ViTForImageClassification) -> Tensor:
+        """As the probe was scored: not from a pass of its own, which may round otherwise."""
+        found = open_features(self.results["features"].directory, "pretrained", self.images)
+        tokens = found.test.final_cls[0, _places(self.of, MOST_IMAGES)]
+        logits: Tensor = model.cpu().classifier(tokens)
+        return logits.argmax(dim=1)
+
+    @torch.no_grad()
+    def _answers(self, model: ViTForImageClassification, hardware: Hardware) -> Tensor:
         assert self.test is not None
         parts = []
-        for batch in _batches(self.test, self.settings.model.image_size, self.hardware):
-            with self.hardware.autocast():
+        for batch in _batches(self.test, self.settings.model.image_size, hardware):
+            with hardware.autocast():
                 parts.append(model(batch).logits.float().argmax(dim=1).cpu())
         return torch.cat(parts)
 
 
-def _load(result: StageResult, hardware: Hardware) -> ViTForImageClassification:
-    # As its stage did: with the attention in another form, some of its answers would be others.
-    return hardware.place(load_model(result.directory / "model"))
+def _load(result: StageResult, hardware: Hardware) -> tuple[ViTForImageClassification, Hardware]:
+    """Return a model and what it computes on, in the precision that its stage had.
+
+    In another one, or with the attention in another form, some of its answers would be others.
+    """
+    own = hardware.as_decided_in(result.directory)
+    return own.place(load_model(result.directory / "model")), own
 
 
 def _batches(subset: Subset, side: int, hardware: Hardware) -> Iterator[Tensor]:

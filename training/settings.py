@@ -174,7 +174,7 @@ class HardwareSettings(Section):
     """Where tensors live; auto takes a CUDA device where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of forward and backward passes; weights and optimiser state stay float32. Auto takes
-    bfloat16 where the hardware multiplies it."""
+    bfloat16 where the hardware computes in it."""
     compile: Literal["auto", True, False] = "auto"
     """Compile the network with `torch.compile` for training: a minute or so at the start, fewer
     passes over memory afterwards, and other last bits. Auto does so on a GPU, where the training is

@@ -131,9 +131,9 @@ def test_a_damaged_image_is_noticed_and_can_be_put_again(
 def test_an_image_is_held_against_its_digest_once(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = []
+    held: list[bytes | memoryview] = []
 
-    def counted(content: bytes) -> int:
+    def counted(content: bytes | memoryview) -> int:
         held.append(content)
         return digest_of_image(content)
 

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -76,22 +77,48 @@ def test_the_matrices_count_what_the_stages_counted(
         assert [sum(row) for row in matrix.counts] == [7, 7, 7]
 
 
-def test_models_answer_in_the_form_of_attention_that_their_stage_had(
-    results: dict[str, StageResult], settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "form"), [("bfloat16", "eager"), ("float32", "sdpa")], ids=["bfloat16", "float32"]
+)
+def test_models_answer_in_the_precision_and_form_of_attention_that_their_stage_had(
+    results: dict[str, StageResult],
+    settings: Settings,
+    hardware: Hardware,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    form: str,
 ) -> None:
-    forms = []
+    def decided_so(result: StageResult) -> StageResult:
+        directory = tmp_path / result.stage
+        shutil.copytree(result.directory, directory)
+        for path in directory.glob("hardware.json"):
+            path.write_text(json.dumps(json.loads(path.read_bytes()) | {"precision": precision}))
+        return result.model_copy(update={"directory": directory})
 
-    def watch(model: ViTForImageClassification, *inputs: object, **options: object) -> object:
-        forms.append(model.config._attn_implementation)
-        return forward(model, *inputs, **options)
+    trained = {"pretrain", "finetune_1", "finetune_2", "from_scratch"}
+    decided = {stage: decided_so(results[stage]) for stage in trained}
+    asked = []
+
+    def watch(model: ViTForImageClassification, pixels: torch.Tensor) -> object:
+        asked.append((str(model.config._attn_implementation), torch.is_autocast_enabled("cpu")))
+        return forward(model, pixels)
 
     forward = ViTForImageClassification.forward
     monkeypatch.setattr(ViTForImageClassification, "forward", watch)
-    for precision, form in (("bfloat16", "eager"), ("float32", "sdpa")):
-        chosen = settings.hardware.model_copy(update={"device": "cpu", "precision": precision})
-        forms.clear()
-        report_pictures.draw(results, settings, decide(chosen))
-        assert set(forms) == {form}
+    report_pictures.draw(results | decided, settings, hardware)
+    assert set(asked) == {(form, precision == "bfloat16")}
+
+
+def test_the_probe_answers_from_the_features_as_it_was_scored(
+    results: dict[str, StageResult], settings: Settings, hardware: Hardware, tmp_path: Path
+) -> None:
+    gone = results["features"].model_copy(update={"directory": tmp_path})
+    found = report_pictures.draw(results | {"features": gone}, settings, hardware)
+    whole = report_pictures.draw(results, settings, hardware)
+    assert [matrix.title for matrix in found.confusions] == [
+        matrix.title for matrix in whole.confusions[1:]
+    ]
 
 
 @torch.no_grad()
