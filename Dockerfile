@@ -1,7 +1,7 @@
 # An image for work pools of type docker or kubernetes (see prefect.containers.yaml), or for one run:
 #
 #   docker build -t rotation-vit .
-#   docker run --gpus all --stop-timeout 60 -v rotation-vit-outputs:/outputs rotation-vit \
+#   docker run --gpus all --shm-size 8g --stop-timeout 60 -v rotation-vit-outputs:/outputs rotation-vit \
 #       rotvit run --preset imagenette --outputs /outputs
 #
 # It runs with and without a GPU. For machines that have none there is one that is some gigabytes

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -189,6 +190,33 @@ def check_there(directory: Path, pushed: Pushed, *, patience: Patience, stop: St
             raise DatasetError(
                 f"{url} must be as it was prepared, it has another SHA-256. Delete it there, and "
                 "push again; nothing was deleted here."
+            )
+
+
+def check_complete(
+    directory: Path, pushed: Pushed, *, patience: Patience, stop: Stop = never
+) -> None:
+    """Look whether all pixels are at the address still, by their sizes.
+
+    Args:
+        directory: That was pushed, and whose pixels are deleted.
+        pushed: Where to.
+        patience: How often the store is asked.
+        stop: Asked while waiting; true ends it.
+
+    Raises:
+        DatasetError: If some are not, or the store refuses.
+        DownloadError: If the store fails as often as it is asked.
+        InterruptedError: If `stop` said so.
+    """
+    found = manifest.read(directory)
+    for entry in (entry for group in found.shards.values() for entry in group):
+        url = pushed.url(entry, found.pixel_format)
+        if persist(partial(size_at, url), url, patience, stop) != entry.size:
+            raise DatasetError(
+                f"{url} must be as it was pushed, with {entry.size:,} bytes; it is not, and the "
+                f"pixels are deleted here. Delete {directory}, prepare the images once more, and "
+                "push them."
             )
 
 

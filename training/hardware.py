@@ -132,16 +132,20 @@ def decide_once(
     """Take the decision stored in a stage's directory, or decide and store it; set the threads.
 
     What the stored decision takes and is not there any more, a CUDA device or a compiler, is done
-    without, with a warning. The number of processes is what it is now, whatever it was. For the
-    arguments see `decide`.
+    without, with a warning; where there is a CUDA device now and was none, all is decided anew. The
+    number of processes is what it is now, whatever it was. For the arguments see `decide`.
 
     Raises:
         ConfigError: As `decide` does.
         OutputsError: If the stored decision cannot be read.
     """
     path = directory / _DECISION
-    if path.is_file():
-        stored = _read(path)
+    stored = _read(path) if path.is_file() else None
+    if stored and stored.device == "cpu" and _device(settings) == "cuda":
+        # Begun where images were prepared, perhaps; on a processor it would take weeks.
+        logger.warning("Started without a GPU, goes on with one: results will differ in bytes.")
+        stored = None
+    if stored:
         if stored.device == "cuda" and not torch.cuda.is_available():
             logger.warning("Started on a GPU, goes on without one: results will differ in bytes.")
             stored = replace(stored, device="cpu")

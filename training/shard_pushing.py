@@ -95,6 +95,7 @@ def _push(directory: Path, address: str, report: Callable[[int, int], None]) -> 
         and (pushed.address, pushed.fingerprint) == (address, known.fingerprint)
         and not all(here)
     ):
+        pushed_shards.check_complete(directory, pushed, patience=PATIENCE)
         _log.info("%s was pushed, and its pixels are deleted here.", directory)
         return
     pushed_shards.push(directory, address, report=report, patience=PATIENCE)

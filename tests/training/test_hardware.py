@@ -54,6 +54,28 @@ def test_a_resume_decides_as_the_first_attempt_did(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_resume_takes_the_gpu_that_the_first_attempt_had_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = torch.get_num_threads()
+    try:
+        first = decide_once(tmp_path, HardwareSettings(precision="float32"))
+        assert first.device == "cpu"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        wanted = HardwareSettings(device="cpu", precision="float32")
+        assert decide_once(tmp_path, wanted) == first
+        assert not caplog.records
+        later = decide_once(tmp_path, HardwareSettings())
+        assert (later.device, later.precision) == ("cuda", "bfloat16")
+        assert "Started without a GPU" in caplog.text
+        caplog.clear()
+        assert decide_once(tmp_path, HardwareSettings()) == later
+        assert not caplog.records
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("precision", "image_size", "expected"),
     [("bfloat16", 32, "eager"), ("bfloat16", 64, "sdpa"), ("float32", 32, "sdpa")],

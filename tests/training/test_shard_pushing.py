@@ -18,6 +18,7 @@ import pytest
 from data import prepare as preparing
 from data import remote_pixels
 from data.patience import DownloadError, Patience
+from data.records import DatasetError
 from flows.cli import main
 from tests.data.standin_hub import Fault, StandInHub
 from training import prepare_data, pretrain, remote_outputs, shard_pushing, stage_files, store
@@ -83,6 +84,18 @@ def images_kept(cache: Path) -> dict[str, int]:
         path.parent.name.rpartition("-")[2]: int(np.fromfile(path, dtype=np.uint8).sum())
         for path in cache.glob("*/have")
     }
+
+
+def test_what_was_pushed_and_is_gone_there_and_here_is_said(
+    tiny_values: dict[str, Any], tmp_path: Path
+) -> None:
+    settings, outputs, address = validate(tiny_values), tmp_path / "outputs", tmp_path / "store"
+    pushed_away(settings, outputs, address)
+    push_copies(settings, outputs, address)
+    gone = min(address.rglob("*.npy"))
+    gone.unlink()
+    with pytest.raises(DatasetError, match=f"{gone.name} must be as it was pushed"):
+        push_copies(settings, outputs, address)
 
 
 @pytest.mark.parametrize("pixel_format", ["raw", "jpeg"])
