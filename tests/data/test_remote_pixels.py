@@ -266,6 +266,7 @@ def test_while_a_server_fails_one_request_at_a_time_asks_again(
     reading = threading.Thread(target=lambda: stream(batches(opened), epochs=1))
     reading.start()
     wait_for(lambda: len(hub.requests) >= remote_pixels.REQUESTS + remote_pixels.FILL_REQUESTS)
+    time.sleep(1)  # until the last of those that began together has been refused
     before = len(hub.requests)
     time.sleep(1)
     asked = len(hub.requests) - before
