@@ -33,6 +33,7 @@ from training.hardware import Hardware
 from training.images import as_pretrained_on, open_labelled, open_splits
 from training.report_scores import TITLES
 from training.settings import Settings
+from training.stage_files import OutputsError
 from training.stages import transfer_data
 from training.store import StageResult
 from training.thumbnails import Picture, lit, picture_uri
@@ -108,7 +109,7 @@ def draw(results: Mapping[str, StageResult], settings: Settings, hardware: Hardw
     """
     try:
         pretrained = _Pretrained(results, settings, hardware)
-    except (KeyError, DatasetError, ModelError) as missing:
+    except (KeyError, DatasetError, ModelError, OutputsError) as missing:
         logger.info("The report has no pictures: %s", missing)
         return NOTHING
     classes = _Classes(results, settings, hardware)
@@ -258,7 +259,7 @@ class _Classes:
                     answers = self._answers_from_features(model)
                 else:
                     answers = self._answers(model, hardware)
-            except (KeyError, OSError, ModelError) as missing:
+            except (KeyError, OSError, ModelError, OutputsError) as missing:
                 logger.info("The report has no confusions of %s: %s", stage, missing)
                 continue
             yield count_confusions(TITLES[stage], self.names, true, answers)
