@@ -69,6 +69,11 @@ class Manifest:
     pixel_format: PixelFormat = "raw"
     """How the pixels of all shards are stored."""
 
+    @property
+    def entries(self) -> list[ShardEntry]:
+        """The shards of all splits."""
+        return [entry for group in self.shards.values() for entry in group]
+
 
 class Fingerprint:
     """SHA-256 over pixels, labels, class names and side, of one shard after the other.

@@ -259,7 +259,7 @@ def _damaged(path: Path, cause: object) -> DatasetError:
 def _pushed_away(directory: Path, found: Manifest) -> Pushed | None:
     """Say where the pixels are, if some are not here and they were pushed to an address."""
     pushed = pushed_shards.read(directory)
-    entries = [entry for group in found.shards.values() for entry in group]
+    entries = found.entries
     if pushed is None or all(
         pixels_path(directory, entry.name, found.pixel_format).is_file() for entry in entries
     ):

@@ -153,7 +153,7 @@ def push(
             f"{address} must be empty or hold these images, it holds others. Delete it, or push to "
             "another address."
         )
-    entries = [entry for group in found.shards.values() for entry in group]
+    entries = found.entries
     total, done = sum(entry.size for entry in entries), 0
     indexes = {}
     for entry in entries:
@@ -184,7 +184,7 @@ def check_there(directory: Path, pushed: Pushed, *, patience: Patience, stop: St
         InterruptedError: If `stop` said so.
     """
     found = manifest.read(directory)
-    for entry in (entry for group in found.shards.values() for entry in group):
+    for entry in found.entries:
         url = pushed.url(entry, found.pixel_format)
         if sha256_at(url, patience, stop) != entry.sha256:
             raise DatasetError(
@@ -210,7 +210,7 @@ def check_complete(
         InterruptedError: If `stop` said so.
     """
     found = manifest.read(directory)
-    for entry in (entry for group in found.shards.values() for entry in group):
+    for entry in found.entries:
         url = pushed.url(entry, found.pixel_format)
         if persist(partial(size_at, url), url, patience, stop) != entry.size:
             raise DatasetError(
@@ -262,7 +262,7 @@ def take(
             "others. Delete it and push again, or leave it out."
         )
     total, done = sum(found.counts.values()), 0
-    for entry in (entry for group in found.shards.values() for entry in group):
+    for entry in found.entries:
         for path, sha256 in (
             (record_path(directory, entry.name), entry.record_sha256),
             (index_path(directory, entry.name), pushed.indexes.get(entry.name)),

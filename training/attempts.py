@@ -8,7 +8,7 @@ from pathlib import Path
 from data.claims import Claims
 from training import remote_outputs
 from training.lock import locked
-from training.stage_files import CHECKPOINTS, KEEP_TOKENS, TRACKING, newest_step
+from training.stage_files import CHECKPOINTS, HARDWARE, KEEP_TOKENS, TRACKING, newest_step
 from training.stages import STAGES
 from training.store import (
     StageRequest,
@@ -124,7 +124,7 @@ def _clear(request: StageRequest, verdict: Verdict) -> None:
             (directory / "result.json").replace(directory / DOUBTED)
         return
     # A sound checkpoint of the same inputs leads to the same bytes in less time.
-    kept = {"hardware.json", KEEP_TOKENS}
+    kept = {HARDWARE, KEEP_TOKENS}
     if verdict.stale == "damaged":
         kept |= {"metrics.jsonl", "resumes.json", CHECKPOINTS, TRACKING}
     # Cut off anywhere, what is left must not pass for more than it is: the result goes first, and

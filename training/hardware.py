@@ -31,13 +31,10 @@ from data.splits import Subset
 from models.vit import choose_attention, to_device
 from training.recipes import RecipeSettings
 from training.settings import ConfigError, HardwareSettings
-from training.stage_files import OutputsError
+from training.stage_files import HARDWARE, OutputsError
 from training.store import write_atomically
 
 logger = logging.getLogger(__name__)
-
-_DECISION = "hardware.json"
-"""In a stage's directory: what its first attempt decided."""
 
 FAST_IN_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 """Flags of processors that train faster in bfloat16, whatever the width: by 1.6 to 2.0 at width 128
@@ -83,7 +80,7 @@ class Hardware:
         Raises:
             OutputsError: If the stage's decision cannot be read.
         """
-        path = directory / _DECISION
+        path = directory / HARDWARE
         return replace(self, precision=_read(path).precision) if path.is_file() else self
 
     def place(self, model: ViTForImageClassification) -> ViTForImageClassification:
@@ -139,7 +136,7 @@ def decide_once(
         ConfigError: As `decide` does.
         OutputsError: If the stored decision cannot be read.
     """
-    path = directory / _DECISION
+    path = directory / HARDWARE
     stored = _read(path) if path.is_file() else None
     if stored and stored.device == "cpu" and _device(settings) == "cuda":
         # Begun where images were prepared, perhaps; on a processor it would take weeks.

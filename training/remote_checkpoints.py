@@ -19,6 +19,7 @@ from training.remote_lock import Lease
 from training.remote_store import ONCE, Inventory, LostError, Store
 from training.stage_files import (
     CHECKPOINTS,
+    HARDWARE,
     KEEP_TOKENS,
     TRACKING,
     FileRecord,
@@ -33,7 +34,7 @@ from training.store import write_atomically
 logger = logging.getLogger(__name__)
 
 BESIDE = (
-    *("config.yaml", "hardware.json", "metrics.jsonl", "resumes.json", KEEP_TOKENS),
+    *("config.yaml", HARDWARE, "metrics.jsonl", "resumes.json", KEEP_TOKENS),
     f"{TRACKING}/run.json",
 )
 """Files of a stage's directory that a resume needs with the checkpoint."""

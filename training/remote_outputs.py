@@ -30,6 +30,7 @@ from training.remote_lock import Lease, leased, owner_of
 from training.remote_store import ONCE, Inventory, LostError, Store, is_address, tidy_address
 from training.stage_files import (
     CHECKPOINTS,
+    HARDWARE,
     NOT_FETCHED,
     TRACKING,
     FileRecord,
@@ -53,7 +54,7 @@ CACHE_VARIABLE = "ROTVIT_CACHE"
 RESULT, INVENTORY = "result.json", "files.json"
 
 SMALL = (
-    *("config.yaml", "hardware.json", "metrics.jsonl", "resumes.json", CATALOGUE, MANIFEST),
+    *("config.yaml", HARDWARE, "metrics.jsonl", "resumes.json", CATALOGUE, MANIFEST),
     "index.html",
 )
 """What is fetched of a cached stage: what keys, tables, charts and the page are made of."""

@@ -33,7 +33,7 @@ from training.hardware import Hardware
 from training.images import as_pretrained_on, open_labelled, open_splits
 from training.report_scores import TITLES
 from training.settings import Settings
-from training.stage_files import OutputsError
+from training.stage_files import MODEL, OutputsError
 from training.stages import transfer_data
 from training.store import StageResult
 from training.thumbnails import Picture, lit, picture_uri
@@ -230,13 +230,9 @@ class _Classes:
         labels = None if self.test is None else self.test.labels
         if labels is None or len(labels) < 3 or "features" not in self.results:
             return None
-        directory, places = self.results["features"].directory, _places(self.of, MOST_IMAGES)
         titles: dict[Backbone, str] = {"random": "Before pretraining", "pretrained": "After"}
         try:
-            tokens = {
-                title: open_features(directory, backbone, self.images).test.final_cls[0, places]
-                for backbone, title in titles.items()
-            }
+            tokens = {title: self._class_tokens(backbone) for backbone, title in titles.items()}
         except OSError as gone:
             logger.info("The report has no map of features: %s", gone)
             return None
@@ -254,23 +250,25 @@ class _Classes:
             if stage not in self.results:
                 continue
             try:
-                model, hardware = _load(self.results[stage], self.hardware)
                 if stage == "linear_probe":
-                    answers = self._answers_from_features(model)
+                    answers = self._answers_of_probe(self.results[stage])
                 else:
-                    answers = self._answers(model, hardware)
+                    answers = self._answers(*_load(self.results[stage], self.hardware))
             except (KeyError, OSError, ModelError, OutputsError) as missing:
                 logger.info("The report has no confusions of %s: %s", stage, missing)
                 continue
             yield count_confusions(TITLES[stage], self.names, true, answers)
 
     @torch.no_grad()
-    def _answers_from_features(self, model: ViTForImageClassification) -> Tensor:
-        """As the probe was scored: not from a pass of its own, which may round otherwise."""
-        found = open_features(self.results["features"].directory, "pretrained", self.images)
-        tokens = found.test.final_cls[0, _places(self.of, MOST_IMAGES)]
-        logits: Tensor = model.cpu().classifier(tokens)
+    def _answers_of_probe(self, result: StageResult) -> Tensor:
+        """As it was scored: not from a pass of its own, which may round otherwise."""
+        model = load_model(result.directory / MODEL)
+        logits: Tensor = model.classifier(self._class_tokens("pretrained"))
         return logits.argmax(dim=1)
+
+    def _class_tokens(self, backbone: Backbone) -> Tensor:
+        found = open_features(self.results["features"].directory, backbone, self.images)
+        return found.test.final_cls[0, _places(self.of, MOST_IMAGES)]
 
     @torch.no_grad()
     def _answers(self, model: ViTForImageClassification, hardware: Hardware) -> Tensor:
@@ -288,7 +286,7 @@ def _load(result: StageResult, hardware: Hardware) -> tuple[ViTForImageClassific
     In another one, or with the attention in another form, some of its answers would be others.
     """
     own = hardware.as_decided_in(result.directory)
-    return own.place(load_model(result.directory / "model")), own
+    return own.place(load_model(result.directory / MODEL)), own
 
 
 def _batches(subset: Subset, side: int, hardware: Hardware) -> Iterator[Tensor]:

@@ -87,7 +87,7 @@ def push(
 
 def _push(directory: Path, address: str, report: Callable[[int, int], None]) -> None:
     known = manifest.read(directory)
-    entries = [entry for group in known.shards.values() for entry in group]
+    entries = known.entries
     here = [pixels_path(directory, entry.name, known.pixel_format).is_file() for entry in entries]
     pushed = pushed_shards.read(directory)
     if (
@@ -103,7 +103,7 @@ def _push(directory: Path, address: str, report: Callable[[int, int], None]) -> 
 
 def _delete_pixels(directory: Path) -> None:
     known, pushed = manifest.read(directory), pushed_shards.read(directory)
-    entries = [entry for group in known.shards.values() for entry in group]
+    entries = known.entries
     paths = [pixels_path(directory, entry.name, known.pixel_format) for entry in entries]
     here = [path for path in paths if path.is_file()]
     if here and pushed:

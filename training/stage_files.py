@@ -19,6 +19,9 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 """Folder of a stage's checkpoints, one `step-…` directory each."""
 
+HARDWARE = "hardware.json"
+"""What a stage computes on, decided by its first attempt."""
+
 KEEP_TOKENS = "keep_tokens.json"
 """Whether a stage keeps what frozen blocks make of its images, decided by its first attempt."""
 

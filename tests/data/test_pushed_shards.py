@@ -86,7 +86,7 @@ def taken(directory: Path, made_from: str, address: str = ADDRESS) -> object:
 
 def delete_pixels(directory: Path) -> None:
     found = read_manifest(directory)
-    for entry in (entry for group in found.shards.values() for entry in group):
+    for entry in found.entries:
         pixels_path(directory, entry.name, found.pixel_format).unlink()
 
 
