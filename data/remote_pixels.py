@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data import jpeg
-from data.patience import DownloadError, Patience, RefusedError, Stop, TryAgainError, never, persist
+from data.patience import DownloadError, Patience, Stop, TryAgainError, never, persist
+from data.records import DatasetError
 from data.remote_files import read_block
 from data.shard_cache import CacheSpace, ShardCache, digest_of_image
 from data.shards import PixelFormat
@@ -334,6 +335,6 @@ class _Ahead:
                     each.result()
         except InterruptedError:
             return
-        except (DownloadError, RefusedError) as error:
+        except (DownloadError, DatasetError) as error:
             # Whoever needs the image says so, too, and that ends the stage.
             _log.warning("The shard cache is not filled any further: %s", error)

@@ -405,7 +405,6 @@ def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
     assert gone(seen, 10)
     reached = newest_step(request.directory)
     assert reached is not None
-    assert reached >= 5
 
     alone = request_of(merge(changes, {"hardware": {"processes": "auto"}}))
     assert alone.directory == request.directory

@@ -93,7 +93,8 @@ def test_new_checkpoints_are_sent_while_the_stage_runs(
         for step in (1, 2, 3):
             save_step(step)
             until_stored(remote, step)
-    assert complete(remote, PLACE) == ["step-00000002", "step-00000003"], "as many as on disk"
+        as_many_as_on_disk = ["step-00000002", "step-00000003"]
+        until(lambda: complete(remote, PLACE) == as_many_as_on_disk)
     assert remote_checkpoints.newest_step(remote, PLACE) == 3
 
     fetch_newest(remote, PLACE, tmp_path / "elsewhere")
