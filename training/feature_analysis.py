@@ -112,8 +112,8 @@ def score_layers(features: SplitFeatures, settings: Settings, *, num_classes: in
         seed=settings.seed,
     )
     chosen = heads.choose(pooled(features.val), features.val.labels)
-    on_test, _ = heads.scores(pooled(test), test.labels)
-    scores = [float(on_test[row, best]) for row, best in enumerate(chosen)]
+    on_test, _ = heads.scores(pooled(test), test.labels, chosen)
+    scores = on_test[:, 0].tolist()
     ks = sorted(settings.feature_analysis.knn_ks)
     lowered = [min(k, len(train.labels)) for k in ks]
 

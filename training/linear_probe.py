@@ -130,9 +130,10 @@ def train_probe(
         batch_size=recipe.batch_size,
         seed=settings.seed,
     )
-    place = heads.choose(read(val), val.labels)[0]
-    on_val, _ = heads.scores(read(val), val.labels)
-    on_test, _ = heads.scores(read(test), test.labels)
+    (place,) = heads.choose(read(val), val.labels)
+    on_val, on_test = (
+        heads.scores(read(part), part.labels, [place])[0].item() for part in (val, test)
+    )
     weight, bias = heads.folded(0, place)
     lr, weight_decay = heads.grid[place]
     return Probe(
@@ -140,8 +141,8 @@ def train_probe(
         bias=bias,
         lr=lr,
         weight_decay=weight_decay,
-        val_top1=float(on_val[0, place]),
-        correct=round(float(on_test[0, place]) * len(test.labels)),
+        val_top1=on_val,
+        correct=round(on_test * len(test.labels)),
         total=len(test.labels),
     )
 

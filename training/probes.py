@@ -7,13 +7,14 @@ C = classes.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from data.loaders import epoch_order
+from training.feature_geometry import CONSTANT
 from training.optim import learning_rate
 
 MOMENTUM = 0.9
@@ -23,9 +24,8 @@ VARIANCE_FLOOR = 1e-8
 """Added to every variance, relative to the layer's mean variance: nearly constant features are not
 blown up, and a layer of small features is treated like one of large features."""
 
-CONSTANT_LAYER_VARIANCE = 1e-12
-"""Added besides, for a layer that is the same for every image: the class token before it has seen
-any patch. Rounding must not look like information there."""
+ROWS = 16
+"""Matrix products get a multiple of as many rows: others take up to a quarter longer."""
 
 LOGITS_PER_CHUNK = 2**24
 """Logits held at a time while scoring, so that memory does not grow with the dataset."""
@@ -64,17 +64,25 @@ class Heads:
         standardised = (features - self.mean[:, None]) * self.scale[:, None]
         return torch.einsum("lnd,lgcd->lgnc", standardised, self.weight) + self.bias[:, :, None]
 
-    def scores(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, features: Tensor, labels: Tensor, places: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return top-1 accuracy and mean loss of every head on these images.
 
         Args:
             features: `(L, N, D)`, float32, not normalised.
             labels: `(N,)`, int64.
+            places: The one head of each layer that is scored, as `choose` returns them, so that G
+                is 1; None for all.
 
         Returns:
             top1: `(L, G)`, float64, fractions in [0, 1].
             loss: `(L, G)`, float64, cross-entropy in nats.
         """
+        if places is not None:
+            at = (range(len(places)), places)
+            one = replace(self, weight=self.weight[at][:, None], bias=self.bias[at][:, None])
+            return one.scores(features, labels)
         _check_features(features, labels, num_classes=self.bias.shape[-1])
         top1 = torch.zeros(self.bias.shape[:2], dtype=torch.float64, device=self.bias.device)
         loss = torch.zeros_like(top1)
@@ -162,44 +170,24 @@ def train_heads(
             "train_heads needs at least one learning rate, weight decay, epoch and image per "
             f"batch, got {list(lrs)}, {list(weight_decays)}, {epochs} and {batch_size}."
         )
-    num_layers, num_images, width = features.shape
-    mean, scale = _statistics(features)
-
-    # Heads side by side, (L, C*G, D), so that one matrix product per layer serves all of them;
-    # class by class, because a softmax over ten neighbours in memory takes ten times as long.
-    weight = features.new_zeros(num_layers, num_classes * len(grid), width)
-    bias = features.new_zeros(num_layers, num_classes * len(grid), 1)
-    weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
-    lr_per_head, decay_per_head = (
-        features.new_tensor(values).repeat(num_classes)[:, None]
-        for values in zip(*grid, strict=True)
-    )
-    one_hot = functional.one_hot(labels, num_classes).to(features.dtype).T
-
-    steps_per_epoch = math.ceil(num_images / batch_size)
-    batch_size = num_images // steps_per_epoch
-    total_steps = epochs * steps_per_epoch
-    for step, rows in enumerate(_batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)):
-        rows = rows.to(features.device)
-        x = features.index_select(1, rows).sub_(mean[:, None]).mul_(scale[:, None])
-        logits = torch.baddbmm(bias, weight, x.mT).view(num_layers, num_classes, -1)
-        # The gradient of the mean cross-entropy of each head with respect to its logits.
-        errors = logits.softmax(dim=1).view(num_layers, num_classes, len(grid), batch_size)
-        errors = errors.sub_(one_hot[:, None, rows]).div_(batch_size).flatten(1, 2)
-        weight_velocity.mul_(MOMENTUM).baddbmm_(errors, x).add_(weight * decay_per_head)
-        bias_velocity.mul_(MOMENTUM).add_(errors.sum(dim=2, keepdim=True))
-        share = learning_rate(step, total_steps=total_steps, warmup_steps=0, peak_lr=1.0)
-        weight.sub_(weight_velocity * (lr_per_head * share))
-        bias.sub_(bias_velocity * (lr_per_head * share))
-
-    by_head = (num_layers, num_classes, len(grid))
-    return Heads(
-        weight=weight.view(*by_head, width).transpose(1, 2).contiguous(),
-        bias=bias.view(by_head).mT.contiguous(),
-        mean=mean,
-        scale=scale,
-        grid=grid,
-    )
+    mean, scale, varying = _statistics(features)
+    # Of a layer that is the same for every image (the class token before it has seen any patch) a
+    # head learns how often each class is. It is not trained, so that rounding is no information.
+    counts = labels.bincount(minlength=num_classes) + 1
+    bias = (counts / counts.sum()).log().expand(len(features), len(grid), -1).clone()
+    weight = features.new_zeros(*bias.shape, features.shape[2])
+    if varying:
+        weight[varying], bias[varying] = _descend(
+            [features[layer] for layer in varying],
+            mean[varying, None],
+            scale[varying, None],
+            functional.one_hot(labels, num_classes).to(features.dtype).T,
+            grid,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    return Heads(weight=weight, bias=bias, mean=mean, scale=scale, grid=grid)
 
 
 def knn_accuracies(
@@ -278,11 +266,88 @@ def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and one over the standard deviation, both `(L, D)`."""
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Return mean and one over the standard deviation, both `(L, D)`, and which layers vary."""
     variance, mean = torch.var_mean(features, dim=1, correction=0)
+    total = variance.sum(dim=1)
+    constant = total <= CONSTANT * (total + mean.square().sum(dim=1))
     floor = VARIANCE_FLOOR * variance.mean(dim=1, keepdim=True)
-    return mean, (variance + floor + CONSTANT_LAYER_VARIANCE).rsqrt()
+    scale = (variance + floor).rsqrt().masked_fill(constant[:, None], 1.0)
+    return mean, scale, (~constant).nonzero()[:, 0].tolist()
+
+
+def _descend(
+    layers: Sequence[Tensor],
+    mean: Tensor,
+    scale: Tensor,
+    one_hot: Tensor,
+    grid: Sequence[tuple[float, float]],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Train the heads of layers that vary; see `train_heads`.
+
+    Args:
+        layers: L times `(N, D)`.
+        mean: `(L, 1, D)`.
+        scale: `(L, 1, D)`.
+        one_hot: Wanted shares, `(C, N)`.
+        grid: G pairs of learning rate and weight decay.
+        epochs: As there.
+        batch_size: As there.
+        seed: As there.
+
+    Returns:
+        weight: `(L, G, C, D)`, for standardised features.
+        bias: `(L, G, C)`.
+    """
+    num_classes, num_images = one_hot.shape
+    by_head = (len(layers), num_classes, len(grid))
+    steps_per_epoch = math.ceil(num_images / batch_size)
+    batch_size = num_images // steps_per_epoch
+    num_rows = math.ceil(batch_size / ROWS) * ROWS
+
+    # Heads side by side, (L, C*G, D+1), so that one matrix product per layer serves all of them;
+    # class by class, because a softmax over ten neighbours in memory takes ten times as long. The
+    # last weight is the bias: that of a feature that is always 1.
+    heads = mean.new_zeros(len(layers), num_classes * len(grid), mean.shape[2] + 1)
+    velocity = torch.zeros_like(heads)
+    lr, decay = (
+        heads.new_tensor(values).repeat(num_classes)[:, None].repeat(1, heads.shape[2])
+        for values in zip(*grid, strict=True)
+    )
+    decay[:, -1] = 0
+
+    # Every step uses the same memory. Rows beyond the batch are zeros: nothing is learned of them.
+    taken = heads.new_empty(len(layers), batch_size, mean.shape[2])
+    x = heads.new_zeros(len(layers), num_rows, heads.shape[2])
+    x[:, :batch_size, -1] = 1
+    wanted = heads.new_zeros(num_classes, 1, num_rows)
+    logits = heads.new_empty(len(layers), num_classes * len(grid), num_rows)
+    errors = torch.empty_like(logits)
+
+    orders = _batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)
+    for step, rows in enumerate(orders):
+        rows = rows.to(heads.device)
+        for layer, out in zip(layers, taken, strict=True):
+            torch.index_select(layer, 0, rows, out=out)
+        torch.sub(taken, mean, out=x[:, :batch_size, :-1]).mul_(scale)
+        wanted[:, 0, :batch_size] = one_hot[:, rows]
+        torch.bmm(heads, x.mT, out=logits)
+        of_classes = (len(layers), num_classes, -1)
+        torch.softmax(logits.view(of_classes), dim=1, out=errors.view(of_classes))
+        # The gradient of the cross-entropy of each head with respect to its logits.
+        errors.view(*by_head, num_rows).sub_(wanted)
+        velocity.baddbmm_(errors, x, beta=MOMENTUM, alpha=1 / batch_size).addcmul_(heads, decay)
+        share = learning_rate(
+            step, total_steps=epochs * steps_per_epoch, warmup_steps=0, peak_lr=1.0
+        )
+        heads.addcmul_(velocity, lr, value=-share)
+
+    trained = heads.view(*by_head, -1).transpose(1, 2)
+    return trained[..., :-1], trained[..., -1]
 
 
 def _batches(num_images: int, steps_per_epoch: int, *, epochs: int, seed: int) -> Iterator[Tensor]:

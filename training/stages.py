@@ -185,7 +185,7 @@ _ALL = (
             "features": "features",
             "data": transfer_data(settings),
         },
-        version=3,
+        version=4,
     ),
     Stage(
         name="frozen_tokens",
@@ -240,13 +240,14 @@ _ALL = (
         summary="Probe every layer, from the embedding to the last block.",
         reads=("seed", "feature_analysis", "linear_probe", *_LABELLED),
         needs=lambda settings: {"features": "features", "data": transfer_data(settings)},
-        version=2,
+        version=3,
     ),
     Stage(
         name="label_efficiency",
         summary="Probe the frozen backbone with more and more labels, and a random one as control.",
         reads=("seed", "linear_probe", "evaluation.label_fractions", *_SPLITS),
         needs=lambda settings: {"features": "features", "data": transfer_data(settings)},
+        version=2,
     ),
     Stage(
         name="report",

@@ -189,13 +189,14 @@ def test_an_epoch_is_cut_into_equal_batches(
     monkeypatch: pytest.MonkeyPatch, num_images: int, expected: list[int]
 ) -> None:
     sizes = []
-    product = torch.baddbmm
+    product = torch.bmm
 
-    def spy(bias: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        sizes.append(x.shape[2])
-        return product(bias, weight, x)
+    def spy(heads: Tensor, x: Tensor, *, out: Tensor) -> Tensor:
+        sizes.append(int(x[0, -1].sum()))  # the entries that are always 1
+        assert x.shape[2] % 16 == 0
+        return product(heads, x, out=out)
 
-    monkeypatch.setattr(torch, "baddbmm", spy)
+    monkeypatch.setattr(torch, "bmm", spy)
     features, labels = blobs(num_images, width=5, num_classes=3)
     train_heads(features, labels, 3, **{**RECIPE, "epochs": 2})
     assert sizes == 2 * expected
@@ -209,6 +210,10 @@ def test_a_layer_that_is_the_same_for_every_image_guesses() -> None:
     top1, loss = heads.scores(features, labels)
     assert top1[0].max() <= majority < top1[1].max()
     assert loss[0].max() < math.log(2) + 0.01
+    assert not heads.weight[0].any()
+    torch.testing.assert_close(
+        heads.bias[0].softmax(dim=-1).mean(dim=0), labels.bincount() / 50, rtol=0.02, atol=0
+    )
     weight, bias = heads.folded(0, 0)
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
@@ -235,6 +240,15 @@ def test_scores_by_hand() -> None:
         -(2 * math.log(1 / 5) + math.log(4 / 5)) / 3,
     ]
     assert loss.tolist() == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_only_the_chosen_heads_are_scored() -> None:
+    features, labels = blobs(37, width=5, num_classes=3, num_layers=2)
+    heads = train_heads(features, labels, 3, **RECIPE)
+    for found, of_all in zip(
+        heads.scores(features, labels, [4, 1]), heads.scores(features, labels), strict=True
+    ):
+        torch.testing.assert_close(found, of_all[range(2), [4, 1]][:, None])
 
 
 def test_scores_do_not_depend_on_how_many_images_are_scored_at_a_time(
