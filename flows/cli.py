@@ -26,8 +26,12 @@ from training.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from training.settings import Settings
+    from training.store import StageRequest, Verdict
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+PIPED_WIDTH = 200
+"""Characters per line of a table that no terminal shows: enough for each of its lines."""
 
 STOPPED = "Stopped. The same command resumes."
 
@@ -187,14 +191,15 @@ def status(
     seed: SeedOption = None,
     seeds: SeedsOption = None,
 ) -> None:
-    """Say what is cached, partial or missing."""
+    """Say what is cached, running, partial or missing, and by which key it is in the outputs."""
     settings = settings_of(preset, config, overrides, seed, seeds)
     rows = list(_states(settings, outputs.expanduser().resolve()))
     from rich.console import Console
 
     from flows import display
 
-    Console().print(display.states_table(rows))
+    # What reads a pipe reads lines.
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(display.states_table(rows))
 
 
 @app.command()
@@ -228,33 +233,46 @@ for _commands in (data_commands, model_commands):
     _commands.add_to(app)
 
 
-def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield stage, state and why, in words, in the order in which stages run."""
-    from training import remote_outputs, store
+def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield stage, state, why and key, in words, in the order in which stages run."""
+    from training import store
     from training.steps import Found, steps
-    from training.wording import scores_in_words
 
     found = Found()
     directories = set()
     for step in steps(settings, outputs, found):
         title = _title(step.title)
         if step.request is None:
-            yield title, "missing", f"needs {_title(step.lacking)}"
+            yield title, "missing", f"needs {_title(step.lacking)}", ""
             continue
         verdict = store.inspect(step.request)
         if verdict.result:
             found.add(verdict.result, step.request.variant)
-        if step.request.directory in directories:  # the same images prepared for both purposes
+        directory = step.request.directory
+        if directory in directories:  # the same images prepared for both purposes
             continue
-        directories.add(step.request.directory)
-        if verdict.result:
-            yield title, verdict.state, scores_in_words(step.stage.name, verdict.result.scores)
-        elif verdict.state == "partial":
-            yield title, f"partial at step {verdict.step}", "resumes there"
-        elif not verdict.stale and (there := remote_outputs.newest_step(step.request)) is not None:
-            yield title, f"partial at step {there}", "resumes there"
-        else:
-            yield title, verdict.state, verdict.why
+        directories.add(directory)
+        state, why = _state(step.request, verdict)
+        is_there = verdict.result or state != "missing" or directory.exists()
+        yield title, state, why, step.request.key if is_there else ""
+
+
+def _state(request: "StageRequest", verdict: "Verdict") -> tuple[str, str]:
+    """Return the state of a stage, and why it is so."""
+    from training import attempts, remote_outputs
+    from training.lock import holder
+    from training.wording import scores_in_words
+
+    if verdict.result:
+        return verdict.state, scores_in_words(request.stage, verdict.result.scores)
+    saved = verdict.step if verdict.state == "partial" else None
+    if saved is None and not verdict.stale:
+        saved = remote_outputs.newest_step(request)
+    if at_it := holder(attempts.lock_path(request)):
+        return "running", at_it + (f", saved at step {saved}" if saved is not None else "")
+    if saved is not None:
+        return f"partial at step {saved}", "resumes there"
+    return verdict.state, verdict.why
 
 
 def _fail(message: str, status: int) -> int:

@@ -86,15 +86,15 @@ def bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def states_table(rows: Sequence[tuple[str, str, str]]) -> Table:
+def states_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
     """Return the table of `rotvit status`.
 
     Args:
-        rows: Stage, state and why, in words.
+        rows: Stage, state, why, and key, which names the folder, in words.
     """
-    table = _table("stage", "state", "why")
-    for stage, state, why in rows:
-        table.add_row(stage, _coloured(state), why)
+    table = _table("stage", "state", "why", "key")
+    for stage, state, why, key in rows:
+        table.add_row(stage, _coloured(state), why, key)
     return table
 
 
@@ -310,7 +310,7 @@ def _timed(when: float, line: str = "") -> Text:
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=name in {"stage", "state", "preset"})
+        table.add_column(name, overflow="fold", no_wrap=name in {"stage", "state", "preset", "key"})
     return table
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from flows import terminal_run
 from flows.cli import main
-from training import stage_files, store
+from training import attempts, stage_files, store
 from training.configure import build_settings
+from training.lock import locked
 from training.settings import ConfigError, Settings
 from training.stages import STAGES, plan
 from training.store import StageResult
@@ -305,10 +306,10 @@ def test_what_config_prints_is_what_config_accepts(capsys: Capture, tmp_path: Pa
 
 
 def status_rows(capsys: Capture, *options: str) -> dict[str, str]:
-    """What `rotvit status` says, by stage."""
+    """What `rotvit status` says, by stage; without the key, which only what is there has."""
     assert main(["status", *options]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
-    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    return {stage: re.sub(r" [0-9a-f]{16}$", "", " ".join(rest)) for stage, *rest in lines}
 
 
 def write_result(
@@ -351,11 +352,18 @@ def test_status_tells_cached_partial_and_missing_apart(capsys: Capture, tmp_path
     settings, results = Settings(), dict[str, StageResult]()
     options = ("--outputs", str(tmp_path))
     write_result("prepare_data", settings, tmp_path, results, counts={"train": 11, "test": 7})
-    pretrain = store.make_request(STAGES["pretrain"], settings, tmp_path, results).directory
+    request = store.make_request(STAGES["pretrain"], settings, tmp_path, results)
+    pretrain = request.directory
+    with locked(attempts.lock_path(request), what="pretrain"):
+        running = f"running process {os.getpid()}"
+        assert status_rows(capsys, *options)["pretrain"] == running
     (pretrain / "checkpoints" / "step-00000123").mkdir(parents=True)
     rows = status_rows(capsys, *options)
     assert rows["prepare-data"] == "cached 11 train, 7 test images"
     assert rows["pretrain"] == "partial at step 123 resumes there"
+    with locked(attempts.lock_path(request), what="pretrain"):
+        running = f"running process {os.getpid()}, saved at step 123"
+        assert status_rows(capsys, *options)["pretrain"] == running
     assert rows["from-scratch"] == "missing not computed yet"
     assert rows["linear-probe"] == "missing needs pretrain"
 
@@ -370,6 +378,8 @@ def test_status_tells_cached_partial_and_missing_apart(capsys: Capture, tmp_path
     (made / "made.txt").write_text("something else!")
     row = status_rows(capsys, *options)["pretrain"]
     assert row.startswith("missing made.txt has 15 bytes instead of 13")
+    assert main(["status", *options]) == 0
+    assert f" {made.name}\n" in capsys.readouterr().out, "whoever looks for its files finds them"
 
 
 def test_status_names_the_preparation_of_labelled_images_only_where_it_is_another(

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.lock import locked
+from training.lock import holder, locked
 
 HOLD = """
 import sys, time
@@ -48,6 +49,15 @@ def test_the_kernel_drops_the_lock_of_a_killed_holder(tmp_path: Path) -> None:
     with locked(tmp_path / "lock", what="a stage"):
         pass
     assert time.monotonic() - started < 2
+
+
+def test_the_holder_is_named_as_long_as_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert holder(path) is None
+    with locked(path, what="a stage"):
+        assert holder(path) == f"process {os.getpid()}"
+    assert holder(path) is None
+    assert path.is_file()
 
 
 def test_waiting_ends_when_asked(tmp_path: Path) -> None:
