@@ -7,6 +7,7 @@ request to stop) is made common first, so that all decide alike. The first proce
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -220,7 +221,7 @@ class Team:
                 raise
             raise LostProcessError(
                 f"One of the {self.count} processes of this training has ended, or has not "
-                f"answered for a while; process {self.index} ends, too. ({_first_line(error)})"
+                f"answered for a while; process {self.index} ends, too. ({_reason(error)})"
             ) from error
 
     def _reduce(self, values: Tensor, how: "distributed.ReduceOp.RedOpType") -> list[float]:
@@ -266,5 +267,7 @@ def _is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+def _reason(error: Exception) -> str:
+    """Return what gloo or NCCL says first, without the line of its source and its guesses."""
+    line = next(iter(str(error).splitlines()), "")
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]

@@ -163,8 +163,16 @@ def _pushed(context: StageContext, images: Source) -> Manifest | None:
         patience=Patience(),
         stop=context.is_stopped,
     )
-    what = "is prepared here" if found is None else "has the prepared images; they stay there"
-    _log.info("%s %s.", address, what if found else f"has none: {images.spec} {what}")
+    if found:
+        _log.info("%s has the prepared images; they stay there.", address)
+    else:
+        # It may be what the user wants, or a slip in an address that saves hours of work.
+        _log.warning(
+            "%s has no prepared images, where %s sends this run for them: %s is prepared here.",
+            address,
+            ADDRESS_VARIABLE,
+            images.spec,
+        )
     return found
 
 

@@ -68,6 +68,7 @@ class StageContext:
     stop: StopRequest
     team: Team = ALONE
     """The processes that compute it together."""
+    _decided: list[hardware.Hardware] = field(default_factory=list, init=False, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -97,8 +98,10 @@ class StageContext:
 
         Args:
             passes: Forward passes of one image that the training of the network is worth; none
-                where nothing is trained. Must be given before a stored decision is asked for.
+                where nothing is trained. Only the first call's count.
         """
+        if self._decided:
+            return self._decided[0]
         model = self.settings.model
         found = self.team.from_first(
             lambda: hardware.decide_once(
@@ -110,6 +113,7 @@ class StageContext:
         )
         if not self.team.is_first:  # which has done so
             hardware.use_threads(found.threads)
+        self._decided.append(found)
         return found
 
     def for_training(self, network: nn.Module) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -332,6 +333,7 @@ def test_the_others_end_when_one_is_lost(request_of: RequestOf, what: str, lost:
     assert codes[lost] == -signal.SIGKILL
     assert codes[1 - lost] == 1, said
     assert "One of the 2 processes of this training has ended, or has not answered" in said
+    assert "typically caused" not in said, "gloo's guesses, with the path of its source"
     reached = newest_step(request.directory)
     assert reached is not None
     assert forked(request, 2)[0] == [0, 0]
@@ -387,8 +389,9 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
 
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
-    request_of: RequestOf,
+    request_of: RequestOf, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     changes = merge(LONG, {"checkpoint": {"every_steps": 5}})
     request = request_of(changes)
     seen: list[psutil.Process] = []
@@ -421,6 +424,7 @@ def test_a_killed_process_ends_all_and_a_retry_goes_on_in_another_number(
     with pytest.raises(StageStoppedError):
         run_in_child(alone)
     stopper.join()
+    (_,) = [each for each in caplog.messages if "Started in 2 process" in each]
     further = newest_step(request.directory)
     assert further is not None
     assert further >= reached

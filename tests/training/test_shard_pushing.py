@@ -244,10 +244,15 @@ def test_another_machine_takes_what_was_pushed_and_prepares_nothing(
 
 
 def test_what_is_not_at_the_address_is_prepared_and_what_was_begun_goes_on_here(
-    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("ROTVIT_SHARDS", str(tmp_path / "there"))
     request = prepared(tiny_settings, tmp_path / "outputs")
+    (said,) = [each.getMessage() for each in caplog.records if "ROTVIT_SHARDS" in each.getMessage()]
+    assert f"{tmp_path}/there/{request.key} has no prepared images" in said
     assert list(request.directory.glob("*.npy"))
     push_copies(tiny_settings, tmp_path / "outputs", tmp_path / "there")
     (request.directory / "train-00001.npy").unlink()
