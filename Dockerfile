@@ -4,6 +4,8 @@
 #   docker run --gpus all --shm-size 8g --stop-timeout 60 -v rotation-vit-outputs:/outputs rotation-vit \
 #       rotvit run --preset imagenette --outputs /outputs
 #
+# For ImageNet-1k, and for Weights & Biases, with -e HF_TOKEN -e WANDB_API_KEY: as they are here.
+#
 # It runs with and without a GPU. For machines that have none there is one that is some gigabytes
 # smaller; TORCH_INDEX is the package index of torch's builds for CPU, as torch's installation page
 # names it:

@@ -185,11 +185,19 @@ def automations() -> list["AutomationCore"]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Start everything, print the address, and wait for Ctrl-C."""
+    """Start everything, print the address, and wait for Ctrl-C; or set another server up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--home", type=Path, default=ROOT / ".prefect", help="PREFECT_HOME")
     parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument(
+        "--set-up",
+        action="store_true",
+        help="start nothing: make work pool, GPU slot and automations on the server of "
+        "PREFECT_API_URL, such as one that containers reach",
+    )
     options = parser.parse_args(arguments)
+    if options.set_up:
+        return _set_up_another()
     if _answers(options.port):
         _say(f"Port {options.port} is taken. Choose another one: --port {options.port + 1}")
         return 2
@@ -219,6 +227,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
     except KeyboardInterrupt:
         return 0
+
+
+def _set_up_another() -> int:
+    from flows.local_run import check_server, server_is_configured
+    from training.settings import ConfigError
+
+    if not server_is_configured():
+        _say("PREFECT_API_URL must name a server, such as http://10.0.0.5:4200/api.")
+        return 2
+    try:
+        check_server()
+    except ConfigError as error:
+        _say(str(error))
+        return 2
+    set_up()
+    return 0
 
 
 @contextmanager

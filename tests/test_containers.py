@@ -237,12 +237,14 @@ def test_a_run_sets_what_its_pod_gets() -> None:
         termination_grace_seconds=90,
         shared_memory="8Gi",
         outputs_claim="elsewhere",
+        image_pull_secrets=[{"name": "my-registry"}],
         env={"HF_ENDPOINT": "http://mirror"},
     )
     pod = made.job_manifest["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == spot
     assert pod["tolerations"] == tolerations
     assert pod["terminationGracePeriodSeconds"] == 90
+    assert pod["imagePullSecrets"] == [{"name": "my-registry"}]
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert made.env == {**VARIABLES["env"]["default"], "HF_ENDPOINT": "http://mirror"}
     assert [item.get("persistentVolumeClaim") for item in pod["volumes"]] == [

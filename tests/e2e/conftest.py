@@ -265,7 +265,7 @@ class Prefect:
 
     def set_up(self) -> None:
         """Make what the flows need on the server, as `make ui` does at every start."""
-        done = self.run(sys.executable, "-c", "from flows.service import set_up; set_up()")
+        done = self.run(sys.executable, "-m", "flows.service", "--set-up")
         assert done.returncode == 0, done.stderr
 
     def stop(self) -> None:
