@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
-PIPED_WIDTH = 200
-"""Characters per line of a table that no terminal shows: enough for each of its lines."""
+PIPED_WIDTH = 10_000
+"""Characters per line of a table that no terminal shows: what reads a pipe reads lines."""
+
+KEY_WIDTH = 100
+"""Width of a terminal from which on there is room for the keys."""
 
 STOPPED = "Stopped. The same command resumes."
 
@@ -191,15 +194,15 @@ def status(
     seed: SeedOption = None,
     seeds: SeedsOption = None,
 ) -> None:
-    """Say what is cached, running, partial or missing, and by which key it is in the outputs."""
+    """Say what is cached, partial or missing, and what of it is being computed."""
     settings = settings_of(preset, config, overrides, seed, seeds)
     rows = list(_states(settings, outputs.expanduser().resolve()))
     from rich.console import Console
 
     from flows import display
 
-    # What reads a pipe reads lines.
-    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(display.states_table(rows))
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console.print(display.states_table(rows, keys=console.width >= KEY_WIDTH))
 
 
 @app.command()
@@ -268,11 +271,10 @@ def _state(request: "StageRequest", verdict: "Verdict") -> tuple[str, str]:
     saved = verdict.step if verdict.state == "partial" else None
     if saved is None and not verdict.stale:
         saved = remote_outputs.newest_step(request)
-    if at_it := holder(attempts.lock_path(request)):
-        return "running", at_it + (f", saved at step {saved}" if saved is not None else "")
+    at_it = holder(attempts.lock_path(request))
     if saved is not None:
-        return f"partial at step {saved}", "resumes there"
-    return verdict.state, verdict.why
+        return f"partial at step {saved}", at_it or "resumes there"
+    return verdict.state, at_it or verdict.why
 
 
 def _fail(message: str, status: int) -> int:

@@ -86,15 +86,16 @@ def bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def states_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+def states_table(rows: Sequence[tuple[str, str, str, str]], *, keys: bool) -> Table:
     """Return the table of `rotvit status`.
 
     Args:
-        rows: Stage, state, why, and key, which names the folder, in words.
+        rows: Stage, state, why, and key, in words.
+        keys: Whether the keys are shown.
     """
-    table = _table("stage", "state", "why", "key")
+    table = _table("stage", "state", "why", *(["key"] if keys else []))
     for stage, state, why, key in rows:
-        table.add_row(stage, _coloured(state), why, key)
+        table.add_row(stage, _coloured(state), why, *([key] if keys else []))
     return table
 
 

@@ -65,7 +65,7 @@ def start_flow(
 
     # After the import: it configures logging anew.
     with _logging_to(log_path(settings, outputs)):
-        check_server()
+        _check_server()
         _start_server()
         try:
             with tags(OUR_TAG):
@@ -96,7 +96,7 @@ def log_path(settings: "Settings", outputs: Path) -> Path:
     return outputs / "runs" / run_name(settings) / "log.txt"
 
 
-def check_server() -> None:
+def _check_server() -> None:
     """Look whether the server that Prefect is to use answers, before Prefect waits for it.
 
     Raises:

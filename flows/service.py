@@ -230,18 +230,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _set_up_another() -> int:
-    from flows.local_run import check_server, server_is_configured
-    from training.settings import ConfigError
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_API_URL
 
-    if not server_is_configured():
+    url = PREFECT_API_URL.value()  # of the environment, or of the active profile
+    if not url:
         _say("PREFECT_API_URL must name a server, such as http://10.0.0.5:4200/api.")
         return 2
     try:
-        check_server()
-    except ConfigError as error:
-        _say(str(error))
+        set_up()
+    except (OSError, httpx.TransportError, PrefectHTTPStatusError) as error:
+        _say(f"Prefect's server must answer at PREFECT_API_URL={url}, it does not: {error}")
         return 2
-    set_up()
+    _say(f"{url} has the work pool {POOL}, the GPU slot and the automations.")
     return 0
 
 

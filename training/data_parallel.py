@@ -268,6 +268,6 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return what gloo or NCCL says first, without the line of its source and its guesses."""
+    """Return what gloo or NCCL says first, without the places in their sources and its guesses."""
     line = next(iter(str(error).splitlines()), "")
-    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]
+    return re.sub(r"\[?/\S+:\d+[\],]? ?", "", line).partition(". ")[0]

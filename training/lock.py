@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -61,20 +61,19 @@ def locked(
 
 
 def holder(path: Path) -> str | None:
-    """Return who holds a lock, in words, or None if nobody does.
+    """Return who holds a lock, in words; None if nobody does, or if the file system has no locks.
 
-    Whoever wants the lock at the very moment of this look waits for a fifth of a second.
+    Whoever wants the lock at the very moment of this look says that it waits, and does so for a
+    fifth of a second.
     """
-    try:
+    with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _holder(path)
-    finally:
-        os.close(handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"{_holder(path)} computes it"
+        finally:
+            os.close(handle)
     return None
 
 

@@ -45,7 +45,7 @@ class Heads:
         weight: `(L, G, C, D)`, for standardised features.
         bias: `(L, G, C)`.
         mean: `(L, D)`, of the training features.
-        scale: `(L, D)`, one over their standard deviation.
+        scale: `(L, D)`, one over their standard deviation; 1 in a layer that is the same for all.
         grid: G pairs of learning rate and weight decay, in the order of the second axis.
     """
 
@@ -72,15 +72,15 @@ class Heads:
         Args:
             features: `(L, N, D)`, float32, not normalised.
             labels: `(N,)`, int64.
-            places: The one head of each layer that is scored, as `choose` returns them, so that G
-                is 1; None for all.
+            places: The one head of each of the L layers that is scored, as `choose` returns them,
+                so that G is 1; None for all.
 
         Returns:
             top1: `(L, G)`, float64, fractions in [0, 1].
             loss: `(L, G)`, float64, cross-entropy in nats.
         """
         if places is not None:
-            at = (range(len(places)), places)
+            at = (range(len(self.weight)), list(places))
             one = replace(self, weight=self.weight[at][:, None], bias=self.bias[at][:, None])
             return one.scores(features, labels)
         _check_features(features, labels, num_classes=self.bias.shape[-1])
@@ -141,6 +141,9 @@ def train_heads(
 ) -> Heads:
     """Train a linear head for every layer, learning rate and weight decay, all in one pass.
 
+    A layer that is the same for every image (the class token before it has seen any patch) is not
+    trained on: its heads give each class the share that it has of one image more per class.
+
     Each head sees the same batches and learns what it would learn alone: softmax regression from
     zero by SGD with momentum and a cosine schedule. Features are standardised with the statistics
     of the whole training set, as by a batch norm without parameters (He et al. 2022, appendix A),
@@ -171,8 +174,7 @@ def train_heads(
             f"batch, got {list(lrs)}, {list(weight_decays)}, {epochs} and {batch_size}."
         )
     mean, scale, varying = _statistics(features)
-    # Of a layer that is the same for every image (the class token before it has seen any patch) a
-    # head learns how often each class is. It is not trained, so that rounding is no information.
+    # Nor would training tell what such a layer knows: it may blow rounding up to information.
     counts = labels.bincount(minlength=num_classes) + 1
     bias = (counts / counts.sum()).log().expand(len(features), len(grid), -1).clone()
     weight = features.new_zeros(*bias.shape, features.shape[2])
@@ -267,7 +269,7 @@ def wilson_interval(correct: int, total: int, z: float = Z_95) -> tuple[float, f
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Return mean and one over the standard deviation, both `(L, D)`, and which layers vary."""
+    """Return mean and scale as in `Heads`, and which layers vary."""
     variance, mean = torch.var_mean(features, dim=1, correction=0)
     total = variance.sum(dim=1)
     constant = total <= CONSTANT * (total + mean.square().sum(dim=1))

@@ -68,7 +68,10 @@ class StageContext:
     stop: StopRequest
     team: Team = ALONE
     """The processes that compute it together."""
-    _decided: list[hardware.Hardware] = field(default_factory=list, init=False, repr=False)
+    _decided: list[hardware.Hardware] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    """What `hardware` returned at first: what there is to say about it is said once."""
 
     @property
     def settings(self) -> Settings:
@@ -98,7 +101,7 @@ class StageContext:
 
         Args:
             passes: Forward passes of one image that the training of the network is worth; none
-                where nothing is trained. Only the first call's count.
+                where nothing is trained. Those of the first call decide.
         """
         if self._decided:
             return self._decided[0]

@@ -50,16 +50,12 @@ def running(home: Path, port: int) -> Iterator[psutil.Process]:
             assert process.wait(60) == 0
 
 
-def test_another_server_must_be_named_and_answer(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    assert service.main(["--set-up"]) == 2
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+def test_another_server_must_be_named_and_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
         assert service.main(["--set-up"]) == 2
-    said = "".join(capsys.readouterr())
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert service.main(["--set-up"]) == 2
+    said = capsys.readouterr().out
     assert "PREFECT_API_URL must name a server" in said
     assert "must answer at PREFECT_API_URL=http://127.0.0.1:9/api" in said
 

@@ -355,14 +355,14 @@ def test_status_tells_cached_partial_and_missing_apart(capsys: Capture, tmp_path
     request = store.make_request(STAGES["pretrain"], settings, tmp_path, results)
     pretrain = request.directory
     with locked(attempts.lock_path(request), what="pretrain"):
-        running = f"running process {os.getpid()}"
+        running = f"missing process {os.getpid()} computes it"
         assert status_rows(capsys, *options)["pretrain"] == running
     (pretrain / "checkpoints" / "step-00000123").mkdir(parents=True)
     rows = status_rows(capsys, *options)
     assert rows["prepare-data"] == "cached 11 train, 7 test images"
     assert rows["pretrain"] == "partial at step 123 resumes there"
     with locked(attempts.lock_path(request), what="pretrain"):
-        running = f"running process {os.getpid()}, saved at step 123"
+        running = f"partial at step 123 process {os.getpid()} computes it"
         assert status_rows(capsys, *options)["pretrain"] == running
     assert rows["from-scratch"] == "missing not computed yet"
     assert rows["linear-probe"] == "missing needs pretrain"

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -51,13 +53,21 @@ def test_the_kernel_drops_the_lock_of_a_killed_holder(tmp_path: Path) -> None:
     assert time.monotonic() - started < 2
 
 
-def test_the_holder_is_named_as_long_as_there_is_one(tmp_path: Path) -> None:
+def test_the_holder_is_named_as_long_as_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "lock"
     assert holder(path) is None
     with locked(path, what="a stage"):
-        assert holder(path) == f"process {os.getpid()}"
+        assert holder(path) == f"process {os.getpid()} computes it"
     assert holder(path) is None
     assert path.is_file()
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert holder(path) is None
 
 
 def test_waiting_ends_when_asked(tmp_path: Path) -> None:
