@@ -317,12 +317,11 @@ def test_what_goes_wrong_while_saving_in_one_process_ends_all(
     request_of: RequestOf, failing: int
 ) -> None:
     request = request_of()
-    started = time.monotonic()
-    codes, said = forked(request, 2, at=[[failing, 4, "fail to save"]])
+    # They need not lose touch, which here takes longer than the test may.
+    codes, said = forked(request, 2, lost_after=600, at=[[failing, 4, "fail to save"]])
     assert codes[failing] == 2, said  # out of memory, which is explained
     assert codes[1 - failing] == 1
     assert "Another process of this training has failed." in said
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.slow
@@ -350,11 +349,13 @@ def test_all_wait_while_another_run_computes_the_stage(
         process = subprocess.Popen(
             [*command, "2", "{}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
-        time.sleep(12)
+        assert process.stdout is not None
+        while "Waiting for another run" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(5)
         assert process.poll() is None
         assert not (request.directory / "metrics.jsonl").exists()
     said, _ = process.communicate(timeout=60)
-    assert "Waiting for another run" in said
     assert said.splitlines()[-1] == "[0, 0]"
 
 
