@@ -329,6 +329,10 @@ def _descend(
     wanted = heads.new_zeros(num_classes, 1, num_rows)
     logits = heads.new_empty(len(layers), num_classes * len(grid), num_rows)
     errors = torch.empty_like(logits)
+    logits_by_class, errors_by_class = (
+        each.view(len(layers), num_classes, -1) for each in (logits, errors)
+    )
+    errors_by_head = errors.view(*by_head, num_rows)
 
     orders = _batches(num_images, steps_per_epoch, epochs=epochs, seed=seed)
     for step, rows in enumerate(orders):
@@ -338,10 +342,9 @@ def _descend(
         torch.sub(taken, mean, out=x[:, :batch_size, :-1]).mul_(scale)
         wanted[:, 0, :batch_size] = one_hot[:, rows]
         torch.bmm(heads, x.mT, out=logits)
-        of_classes = (len(layers), num_classes, -1)
-        torch.softmax(logits.view(of_classes), dim=1, out=errors.view(of_classes))
+        torch.softmax(logits_by_class, dim=1, out=errors_by_class)
         # The gradient of the cross-entropy of each head with respect to its logits.
-        errors.view(*by_head, num_rows).sub_(wanted)
+        errors_by_head.sub_(wanted)
         velocity.baddbmm_(errors, x, beta=MOMENTUM, alpha=1 / batch_size).addcmul_(heads, decay)
         share = learning_rate(
             step, total_steps=epochs * steps_per_epoch, warmup_steps=0, peak_lr=1.0
