@@ -25,6 +25,7 @@ from training.presets import PRESETS
 from training.stages import STAGES, Stage
 
 if TYPE_CHECKING:
+    from flows.display import StateRow
     from training.settings import Settings
     from training.store import StageRequest, Verdict
 
@@ -236,8 +237,9 @@ for _commands in (data_commands, model_commands):
     _commands.add_to(app)
 
 
-def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Yield stage, state, why and key, in words, in the order in which stages run."""
+def _states(settings: "Settings", outputs: Path) -> Iterator["StateRow"]:
+    """Yield what is said of each stage, in the order in which stages run."""
+    from flows.display import StateRow
     from training import store
     from training.steps import Found, steps
 
@@ -246,7 +248,7 @@ def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str
     for step in steps(settings, outputs, found):
         title = _title(step.title)
         if step.request is None:
-            yield title, "missing", f"needs {_title(step.lacking)}", ""
+            yield StateRow(title, "missing", f"needs {_title(step.lacking)}", "")
             continue
         verdict = store.inspect(step.request)
         if verdict.result:
@@ -257,7 +259,7 @@ def _states(settings: "Settings", outputs: Path) -> Iterator[tuple[str, str, str
         directories.add(directory)
         state, why = _state(step.request, verdict)
         is_there = verdict.result or state != "missing" or directory.exists()
-        yield title, state, why, step.request.key if is_there else ""
+        yield StateRow(title, state, why, step.request.key if is_there else "")
 
 
 def _state(request: "StageRequest", verdict: "Verdict") -> tuple[str, str]:
@@ -271,7 +273,8 @@ def _state(request: "StageRequest", verdict: "Verdict") -> tuple[str, str]:
     saved = verdict.step if verdict.state == "partial" else None
     if saved is None and not verdict.stale:
         saved = remote_outputs.newest_step(request)
-    at_it = holder(attempts.lock_path(request))
+    who = holder(attempts.lock_path(request))
+    at_it = f"{who} computes it" if who else None
     if saved is not None:
         return f"partial at step {saved}", at_it or "resumes there"
     return verdict.state, at_it or verdict.why

@@ -4,10 +4,10 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn
@@ -86,16 +86,25 @@ def bar(title: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def states_table(rows: Sequence[tuple[str, str, str, str]], *, keys: bool) -> Table:
+class StateRow(NamedTuple):
+    """What `rotvit status` says of a stage, in words; the key is empty where nothing is there."""
+
+    stage: str
+    state: str
+    why: str
+    key: str
+
+
+def states_table(rows: Iterable[StateRow], *, keys: bool) -> Table:
     """Return the table of `rotvit status`.
 
     Args:
-        rows: Stage, state, why, and key, in words.
+        rows: One per stage.
         keys: Whether the keys are shown.
     """
     table = _table("stage", "state", "why", *(["key"] if keys else []))
-    for stage, state, why, key in rows:
-        table.add_row(stage, _coloured(state), why, *([key] if keys else []))
+    for row in rows:
+        table.add_row(row.stage, _coloured(row.state), row.why, *([row.key] if keys else []))
     return table
 
 

@@ -61,7 +61,7 @@ def locked(
 
 
 def holder(path: Path) -> str | None:
-    """Return who holds a lock, in words; None if nobody does, or if the file system has no locks.
+    """Return who holds a lock ("process 17"); None if nobody, or if the file system has no locks.
 
     Whoever wants the lock at the very moment of this look says that it waits, and does so for a
     fifth of a second.
@@ -71,7 +71,7 @@ def holder(path: Path) -> str | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return f"{_holder(path)} computes it"
+            return _holder(path)
         finally:
             os.close(handle)
     return None

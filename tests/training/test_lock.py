@@ -59,7 +59,7 @@ def test_the_holder_is_named_as_long_as_there_is_one(
     path = tmp_path / "lock"
     assert holder(path) is None
     with locked(path, what="a stage"):
-        assert holder(path) == f"process {os.getpid()} computes it"
+        assert holder(path) == f"process {os.getpid()}"
     assert holder(path) is None
     assert path.is_file()
 
