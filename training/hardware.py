@@ -229,9 +229,15 @@ def choose_processes(settings: HardwareSettings, recipe: RecipeSettings | None) 
         recipe: Of the training, whose steps they must divide; none where nothing is trained.
 
     Raises:
-        ConfigError: If so many are asked for that they cannot divide a step.
+        ConfigError: If so many are asked for that they cannot divide a step, or that there are
+            fewer GPUs.
     """
     if settings.processes != "auto":
+        if _device(settings) == "cuda" and settings.processes > torch.cuda.device_count():
+            raise ConfigError(
+                f"Each process needs a GPU of its own, hardware.processes={settings.processes} "
+                f"more than the {torch.cuda.device_count()} of this machine. Set it to auto."
+            )
         if recipe:
             check_processes(settings.processes, recipe)
         return settings.processes

@@ -238,8 +238,6 @@ class _Run:
                 self._count_lap()
                 self._save_if_due()
         except InterruptedError:  # asked to stop while the next batch was waited for
-            if self.team.count > 1:
-                raise  # the others may wait for this process, in the middle of a step
             self._save_and_leave()
 
     def _step(self, batch: Batch) -> None:

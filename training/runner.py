@@ -84,8 +84,12 @@ class StageContext:
         return self.request.directory
 
     def is_stopped(self) -> bool:
-        """Whether somebody asks for an early end; for what waits, at any depth."""
-        return bool(self.stop)
+        """Whether somebody asks for an early end; for what waits for images, at any depth.
+
+        Not where several processes divide the images: they end together, after a step (`Team`), as
+        one that left by itself would leave the others waiting and the state unsaved.
+        """
+        return self.team.count == 1 and bool(self.stop)
 
     def input(self, role: str) -> Path:
         """Directory of the stage that fills a role."""

@@ -41,6 +41,7 @@ def change(index: int, options: dict[str, Any]) -> None:
         compute_in_float64()
     data_parallel.LOST_AFTER_SECONDS = options.get("lost_after", data_parallel.LOST_AFTER_SECONDS)
     take_step, save, evaluate = loop._Run._step, loop._Run._save_here, loop._Run._evaluate
+    train_epoch = loop._Run._train_epoch
     events = {(step, what) for process, step, what in options.get("at", []) if process == index}
 
     def step(run: loop._Run, batch: Batch) -> None:
@@ -66,11 +67,17 @@ def change(index: int, options: dict[str, Any]) -> None:
             raise MemoryError("nothing left to save with")
         save(run)
 
+    def train_epoch_here(run: loop._Run) -> None:
+        if (run.state.step, "stop before an epoch") in events:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_epoch(run)
+
     def evaluate_here(run: loop._Run) -> dict[str, float]:
         if (run.state.step, "stop in evaluation") in events:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(run)
 
+    loop._Run._train_epoch = train_epoch_here  # type: ignore[method-assign, assignment]
     loop._Run._evaluate = evaluate_here  # type: ignore[method-assign, assignment]
     loop._Run._step = step  # type: ignore[method-assign, assignment]
     loop._Run._save_here = save_here  # type: ignore[method-assign, assignment]

@@ -32,6 +32,7 @@ from training.hardware import choose_processes
 from training.lock import locked
 from training.recipes import PretrainSettings
 from training.settings import ConfigError, HardwareSettings, Settings, merge
+from training.shard_pushing import push
 from training.stage_files import CHECKPOINTS, checkpoint_step, newest_step
 from training.stages import STAGES
 from training.stopping import EXIT_RESUME, PARENT_STOPS
@@ -295,6 +296,26 @@ def test_all_leave_an_evaluation_in_which_one_is_told_to_stop(request_of: Reques
     assert forked(request, 2)[0] == [0, 0]
     rows = (request.directory / "metrics.jsonl").read_text().splitlines()
     assert sum("val/loss" in row for row in rows) == STEPS // 4, "each epoch once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "saved"), [("before an epoch", 9), ("in evaluation", 8)])
+def test_all_save_when_one_is_told_to_stop_while_it_reads_from_an_address(
+    request_of: RequestOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, saved: int
+) -> None:
+    monkeypatch.setenv("ROTVIT_SHARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ROTVIT_SHARD_CACHE_GIB", "0")
+    request = request_of()
+    push(
+        request.settings,
+        request.outputs,
+        str(tmp_path / "there"),
+        delete_pixels=True,
+        report=lambda done, total: None,
+    )
+    codes, said = forked(request, 2, at=[[1, 8, f"stop {what}"]])
+    assert codes == [EXIT_RESUME] * 2, said
+    assert store.inspect(request).step == saved
 
 
 @pytest.mark.slow
@@ -582,6 +603,45 @@ def test_two_nodes_find_each_other_and_train_together(request_of: RequestOf) -> 
     assert sum("pretrain is computed" in text for text in said) == 1
 
 
+DIES_ONCE = """
+import os, signal
+if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    from training import loop
+    step = loop._Run._step
+    def die(run, batch):
+        step(run, batch)
+        if run.state.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+    loop._Run._step = die
+"""
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_all_again_when_one_was_killed(
+    request_of: RequestOf, tmp_path: Path
+) -> None:
+    request = request_of({"pretrain": {"epochs": 3}})
+    (tmp_path / "sitecustomize.py").write_text(DIES_ONCE)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--no-python"),
+        *(sys.executable, "-P", "-m", "training.pretrain", str(request.directory)),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert not done.returncode, done.stdout + done.stderr
+    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr, done.stderr
+    rows = (request.directory / "metrics.jsonl").read_text().splitlines()
+    assert sum("val/loss" in row for row in rows) == 3, "each epoch once"
+    assert store.inspect(request).result is not None
+
+
 @pytest.mark.parametrize(("batch", "parts", "possible"), [(12, 1, 6), (12, 3, 4), (7, 1, 7)])
 def test_as_many_gpus_are_used_as_divide_a_step(
     monkeypatch: pytest.MonkeyPatch, batch: int, parts: int, possible: int
@@ -594,6 +654,8 @@ def test_as_many_gpus_are_used_as_divide_a_step(
     assert choose_processes(HardwareSettings(device="cpu", processes=5), None) == 5
     with pytest.raises(ConfigError, match=r"must divide a step's images .*, 5 do not\. Start"):
         choose_processes(HardwareSettings(device="cpu", processes=5), recipe)
+    with pytest.raises(ConfigError, match=r"a GPU of its own, hardware\.processes=8 .* the 7 of"):
+        choose_processes(HardwareSettings(device="cuda", processes=8), None)
 
 
 def test_processes_that_do_not_divide_the_batches_are_refused_before_anything_is_computed() -> None:
