@@ -29,8 +29,9 @@ from data.patience import (
 from data.records import DatasetError
 from data.shards import written_whole
 
-CHUNK = 2**18
-"""Bytes that are read at once from a store other than HTTP."""
+CHUNK = 2**22
+"""Bytes that are read at once from a store other than HTTP: each is a request, which waits some
+30 ms, and must come within `BLOCK_SECONDS`, also over a slow link."""
 
 BLOCK_SECONDS = 20.0
 """Longest time that a store other than HTTP may take for one part of a file; shorter than the 25 s

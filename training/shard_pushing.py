@@ -48,8 +48,8 @@ def push(
         The addresses of the sets.
 
     Raises:
-        ConfigError: If not all are prepared; those that are have been pushed. Or if the outputs
-            are at an address, where the images are stored already.
+        ConfigError: If none is prepared. Or if the outputs are at an address, where the images
+            are stored already.
         DatasetError: As `data.pushed_shards.push`.
         DownloadError: If the store fails as often as it is asked.
     """
@@ -76,11 +76,16 @@ def push(
                 if delete_pixels:
                     _delete_pixels(step.request.directory)
             addresses[step.request.directory] = address
-    if lacking:
+    if not addresses:
         raise ConfigError(
-            f"Images must be prepared before they are pushed, some are not: {lacking}. Run "
-            "`rotvit prepare-data` with the same options, or, for labelled images from elsewhere, "
-            f"`rotvit features`. Pushed: {', '.join(addresses.values()) or 'none'}."
+            f"Images must be prepared before they are pushed: {lacking}. Run `rotvit prepare-data` "
+            "with the same options."
+        )
+    if lacking:
+        _log.warning(
+            "Not pushed, as they are not prepared here: images for transfer (%s). Whoever needs "
+            "them prepares them, or `rotvit run --until prepare-transfer-data` and this again.",
+            lacking,
         )
     return list(addresses.values())
 

@@ -339,6 +339,26 @@ def test_outputs_at_an_address_are_not_pushed(
         push_copies(tiny_settings, outputs, tmp_path / "there")
 
 
+def test_what_is_prepared_is_pushed_and_what_is_not_is_named(
+    tiny_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after `rotvit prepare-data` with a preset that has its labels from elsewhere."""
+    settings = validate(
+        merge(tiny_settings.model_dump(), {"transfer": {"source": "imagenette", "labels": None}})
+    )
+    prepared(settings, tmp_path / "outputs")
+    addresses = push(
+        settings,
+        tmp_path / "outputs",
+        str(tmp_path / "there"),
+        delete_pixels=False,
+        report=lambda done, total: None,
+    )
+    assert len(addresses) == 1
+    assert "Not pushed" in caplog.text
+    assert "--until prepare-transfer-data" in caplog.text
+
+
 def test_images_that_are_not_prepared_cannot_be_pushed(
     tiny_settings: Settings, tmp_path: Path
 ) -> None:
