@@ -1,7 +1,9 @@
 """What can be known before the work starts: a user's mistakes cost seconds, not hours."""
 
-import os
+import errno
+import fcntl
 from pathlib import Path
+from uuid import uuid4
 
 from data.records import DatasetError
 from data.sources import Outline, outline
@@ -19,6 +21,9 @@ TRANSFER_STAGES = (
 )
 """Stages that need labels."""
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems answer that have no locks, or whose server has none."""
+
 
 def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
     """Raise for whatever would make a stage of the plan fail on its inputs.
@@ -30,7 +35,7 @@ def check(settings: Settings, outputs: Path, until: str | None = None) -> None:
         ConfigError: If `until` names no stage or one that is of no use, or W&B is to be online
             without a key.
         DatasetError: If a source cannot be used as the stages need it.
-        OutputsError: If the outputs folder cannot be written.
+        OutputsError: If the outputs folder cannot be written, or has no locks.
     """
     stages = [stage.name for stage in plan(settings, until)]
     if "frozen_tokens" in stages and not settings.uses_frozen_tokens:
@@ -50,14 +55,23 @@ def check_outputs(outputs: Path) -> None:
     """Make the outputs folder where it is missing; ask the store where it is kept for an address.
 
     Raises:
-        OutputsError: If it cannot be written.
+        OutputsError: If it cannot be written, or files there cannot be locked.
     """
     try:
         outputs.mkdir(parents=True, exist_ok=True)
-        probe = outputs / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        probe = outputs / f".writable-{uuid4().hex}"
+        try:
+            with probe.open("wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise OutputsError(
+                "Files in the outputs folder must be lockable, so that no two runs compute the "
+                f"same; those in {outputs} are not: {error.strerror}. Mount it with locks (Lustre: "
+                "flock; NFS: a lock daemon), or choose another one with --outputs."
+            ) from error
         raise OutputsError(
             f"The outputs folder must be writable, {outputs} is not: {error.strerror}. "
             "Choose another one with --outputs."

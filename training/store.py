@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -235,7 +236,7 @@ def read_config(directory: Path) -> StageRequest:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is complete or absent, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -165,7 +166,7 @@ def _replace(path: Path, content: bytes, photo: Photo) -> Photo:
             probability=photo.probability,
             reason="a link",
         )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with unfinished.open("xb") as file:
             file.write(content)

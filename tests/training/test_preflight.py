@@ -1,5 +1,6 @@
 """A user's mistakes are found before the work starts, and said in one line."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_an_outputs_folder_that_cannot_be_written_is_refused(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputsError, match=r"must be writable.*--outputs"):
         preflight.check(tiny_settings, tmp_path / "file" / "outputs")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_outputs_without_locks_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OutputsError, match=f"must be lockable.*{tmp_path}.*--outputs"):
+        preflight.check_outputs(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
