@@ -5,7 +5,7 @@ is, and the look whether everything is cached. Each says what came of a step bef
 next one, as what a stage builds on is part of its key.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,12 +33,20 @@ class Found:
         of = self.variants.setdefault(variant, {}) if variant else self.stages
         of[result.stage] = result
 
-    def known_to(self, variant: Variant | None) -> dict[str, StageResult]:
-        """Return what the stages of a variant, or of the run itself, may build on."""
-        if variant is None:
-            return self.stages
-        below = self.variants.get(variant.builds_on or "", {})
-        return {**self.stages, **below, **self.variants.get(variant.name, {})}
+    def known_to(self, *chain: Variant) -> dict[str, StageResult]:
+        """Return what the stages of a variant, or of the run itself, may build on.
+
+        Of a stage that a variant computes itself nothing else will do, even before it has done so.
+
+        Args:
+            chain: The variant, after that on which it builds; nothing for the run itself.
+        """
+        known = dict(self.stages)
+        for variant in chain:
+            for stage in variant.stages:
+                known.pop(stage.name, None)
+            known |= self.variants.get(variant.name, {})
+        return known
 
     @property
     def by_role(self) -> dict[str, StageResult]:
@@ -93,11 +101,14 @@ def steps(
     report = [stage for stage in planned if stage.name == "report"]
     for stage in planned:
         if stage not in report:
-            yield _step(stage, None, settings, outputs, found, run)
+            yield _step(stage, (), settings, outputs, found, run)
     beside = variants(settings, found.stages, until)
+    by_name = {variant.name: variant for variant in beside}
     for variant in beside:
+        below = by_name.get(variant.builds_on or "")
+        chain = (below, variant) if below else (variant,)
         for stage in variant.stages:
-            yield _step(stage, variant, variant.settings, outputs, found, run)
+            yield _step(stage, chain, variant.settings, outputs, found, run)
     for stage in report:
         missing = (
             store.stage_of_variant(needed.name, variant.name)
@@ -109,19 +120,20 @@ def steps(
         if lacking:
             yield Step(stage, None, None, lacking)
         else:
-            yield _step(stage, None, settings, outputs, found, run, more=found.by_role)
+            yield _step(stage, (), settings, outputs, found, run, more=found.by_role)
 
 
 def _step(
     stage: Stage,
-    variant: Variant | None,
+    chain: Sequence[Variant],
     settings: Settings,
     outputs: Path,
     found: Found,
     run: str,
     more: Mapping[str, StageResult] | None = None,
 ) -> Step:
-    results = found.known_to(variant)
+    results = found.known_to(*chain)
+    variant = chain[-1] if chain else None
     for needed in stage.needs(settings).values():
         if needed not in results:
             return Step(stage, variant, None, needed)

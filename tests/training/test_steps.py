@@ -150,6 +150,26 @@ def test_the_same_again_has_nothing_to_compute(
     assert (list(kept["variants"]), kept["over_seeds"]) == (VARIANTS, results["over_seeds"])
 
 
+def test_seeds_that_pretrain_for_themselves_take_nothing_of_the_shared_backbone(
+    settings: Settings, record: RunRecord, outputs: Path
+) -> None:
+    """Before they have pretrained; afterwards they find their own."""
+    own = override(settings, ["evaluation.pretraining=own"])
+    found, lacking = Found(), {}
+    for step in steps(own, outputs, found):
+        verdict = step.request and store.inspect(step.request)
+        name = step.variant.name if step.variant else ""
+        if verdict and verdict.result:
+            found.add(verdict.result, name)
+        lacking[name, step.stage.name] = step.lacking
+    assert lacking["", "linear_probe"] == ""
+    assert lacking["seed 1", "pretrain"] == lacking["seed 1", "from_scratch"] == ""
+    assert lacking["seed 1", "features"] == "pretrain"
+    assert lacking["seed 1", "linear_probe"] == "pretrain"
+    assert lacking["5 labels, seed 1", "finetune_2"]
+    assert set(found.variants["seed 1"]) == {"from_scratch"}
+
+
 def test_a_single_run_of_another_seed_finds_what_does_not_need_the_pretraining(
     record: RunRecord, outputs: Path, settings: Settings
 ) -> None:
