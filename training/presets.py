@@ -121,7 +121,7 @@ PRESETS: dict[str, Preset] = {
                 "num_heads": 3,
             },
             "pretrain": {"epochs": 300, "batch_size": 64, "base_lr": 5e-4, "warmup_epochs": 10},
-            "transfer": {"source": None},
+            "transfer": {"source": None, "finetune_all": True},
             "finetune": {"epochs": 50, "batch_size": 128, "base_lr": 1e-3, "warmup_epochs": 5},
             "finetune_all": {"epochs": 50, "batch_size": 128, "base_lr": 5e-4, "warmup_epochs": 5},
             "from_scratch": {"epochs": 300, "batch_size": 128, "base_lr": 1e-3},
