@@ -239,6 +239,9 @@ class _Run:
                 self._save_if_due()
         except InterruptedError:  # asked to stop while the next batch was waited for
             self._save_and_leave()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # steps that are still queued are no part of the evaluation
+        self._count_lap()
 
     def _step(self, batch: Batch) -> None:
         state, task = self.state, self.task
