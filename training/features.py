@@ -190,7 +190,6 @@ def write_features(
             for row, values in enumerate(together.numpy()):
                 file.seek(begin + (row * count + int(own[done])) * values[0].nbytes)
                 file.write(values.tobytes())
-            team.hurry()
             done += len(batch.ids)
             yield min(count, done * team.count)
     team.any_of(False)  # so that all of the file is there for the first one, which reads it

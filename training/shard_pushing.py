@@ -11,6 +11,7 @@ from training import attempts, remote_outputs, store
 from training.lock import locked
 from training.settings import ConfigError, Settings
 from training.steps import Found, steps
+from training.wording import stage_title
 
 ADDRESS_VARIABLE = "ROTVIT_SHARDS"
 """Names in the environment the address that was pushed to, so that the preparation takes from there
@@ -60,7 +61,8 @@ def push(
             f"folder; runs with outputs at an address then find them by {ADDRESS_VARIABLE}."
         )
     addresses: dict[Path, str] = {}
-    found, lacking = Found(), ""
+    found = Found()
+    lacking: dict[str, str] = {}
     for step in steps(settings, outputs, found):
         verdict = step.request and store.inspect(step.request)
         if verdict and verdict.result:
@@ -68,7 +70,9 @@ def push(
         if step.stage.module_name != "prepare_data":
             continue
         if step.request is None or not (verdict and verdict.result):
-            lacking = lacking or (verdict.why if verdict else f"{step.lacking} is missing")
+            lacking[stage_title(step.title)] = (
+                verdict.why if verdict else f"{stage_title(step.lacking)} is missing"
+            )
         elif step.request.directory not in addresses:
             address = address_of(root, step.request.key)
             with locked(attempts.lock_path(step.request), what=step.title):
@@ -78,14 +82,16 @@ def push(
             addresses[step.request.directory] = address
     if not addresses:
         raise ConfigError(
-            f"Images must be prepared before they are pushed: {lacking}. Run `rotvit prepare-data` "
-            "with the same options."
+            "Images must be prepared before they are pushed, and none are: "
+            f"{next(iter(lacking.values()))}. Run `rotvit prepare-data` with the same options."
         )
-    if lacking:
+    for title, why in lacking.items():
         _log.warning(
-            "Not pushed, as they are not prepared here: images for transfer (%s). Whoever needs "
-            "them prepares them, or `rotvit run --until prepare-transfer-data` and this again.",
-            lacking,
+            "The images of %s are not prepared here, so they are not pushed (%s). Whoever needs "
+            "them prepares them; or `rotvit run --until %s` with the same options, and this again.",
+            title,
+            why,
+            title,
         )
     return list(addresses.values())
 

@@ -355,7 +355,7 @@ def test_what_is_prepared_is_pushed_and_what_is_not_is_named(
         report=lambda done, total: None,
     )
     assert len(addresses) == 1
-    assert "Not pushed" in caplog.text
+    assert "images of prepare-transfer-data are not prepared here" in caplog.text
     assert "--until prepare-transfer-data" in caplog.text
 
 
