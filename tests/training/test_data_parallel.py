@@ -603,45 +603,6 @@ def test_two_nodes_find_each_other_and_train_together(request_of: RequestOf) -> 
     assert sum("pretrain is computed" in text for text in said) == 1
 
 
-DIES_ONCE = """
-import os, signal
-if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-    from training import loop
-    step = loop._Run._step
-    def die(run, batch):
-        step(run, batch)
-        if run.state.step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-    loop._Run._step = die
-"""
-
-
-@pytest.mark.slow
-def test_the_launcher_starts_all_again_when_one_was_killed(
-    request_of: RequestOf, tmp_path: Path
-) -> None:
-    request = request_of({"pretrain": {"epochs": 3}})
-    (tmp_path / "sitecustomize.py").write_text(DIES_ONCE)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--max-restarts", "1", "--no-python"),
-        *(sys.executable, "-P", "-m", "training.pretrain", str(request.directory)),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert not done.returncode, done.stdout + done.stderr
-    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr, done.stderr
-    rows = (request.directory / "metrics.jsonl").read_text().splitlines()
-    assert sum("val/loss" in row for row in rows) == 3, "each epoch once"
-    assert store.inspect(request).result is not None
-
-
 @pytest.mark.parametrize(("batch", "parts", "possible"), [(12, 1, 6), (12, 3, 4), (7, 1, 7)])
 def test_as_many_gpus_are_used_as_divide_a_step(
     monkeypatch: pytest.MonkeyPatch, batch: int, parts: int, possible: int
