@@ -239,7 +239,7 @@ class _Run:
                 self._save_if_due()
         except InterruptedError:  # asked to stop while the next batch was waited for
             self._save_and_leave()
-        if torch.cuda.is_available():
+        if self.trained[0].is_cuda:
             torch.cuda.synchronize()  # steps that are still queued are no part of the evaluation
         self._count_lap()
 
